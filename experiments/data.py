@@ -1,0 +1,81 @@
+"""Where a benchmark's rows come from, and a target task: what it trains on and what it is scored on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, cast
+
+from datasets import Dataset
+from PIL.Image import Image
+
+from evaluation.benchmarks.contract import Benchmark
+from evaluation.prompts import Instruction, instruction
+from evaluation.records import Example
+from experiments.errors import ConfigError
+from experiments.models.adapter import Sample
+
+
+class Rows(Protocol):
+    """A frozen value that says where rows are; ``load`` reads them."""
+
+    def load(self) -> Dataset: ...
+
+
+@dataclass(frozen=True)
+class BenchmarkData:
+    """A benchmark and the rows it is scored on."""
+
+    benchmark: Benchmark
+    rows: Rows
+
+    @property
+    def name(self) -> str:
+        return self.benchmark.name
+
+    def instruction(self, prompt_style: str) -> Instruction:
+        return instruction(prompt_style, self.benchmark.kind)
+
+    def examples(self, prompt_style: str) -> list[Example]:
+        asked = self.instruction(prompt_style)
+        return [self.benchmark.example(row, asked) for row in self.rows.load()]
+
+    def identity(self) -> dict[str, Any]:
+        """What the rows and their reading depend on, for artifact keys and as a score's data revision."""
+        return {"benchmark": identity(self.benchmark), "rows": identity(self.rows)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A target: ``test`` is scored, ``train`` is learnt and calibrated on, ``dev`` chooses and holds out tokens."""
+
+    test: BenchmarkData
+    train: Rows
+    dev: Rows
+
+    @property
+    def name(self) -> str:
+        return self.test.name
+
+    def samples(self, rows: Rows, prompt_style: str) -> list[list[Sample]]:
+        """For every row its training samples, one an answer worth learning."""
+        part = BenchmarkData(self.test.benchmark, rows)
+        return [
+            [Sample(cast(Image, example.image), example.prompt, answer) for answer in part.benchmark.answers(example)]
+            for example in part.examples(prompt_style)
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        return {"benchmark": identity(self.test.benchmark), "train": identity(self.train), "dev": identity(self.dev)}
+
+
+def identity(value: Any) -> dict[str, Any]:
+    """A frozen dataclass as its type and fields, all JSON."""
+    return {"type": f"{type(value).__module__}.{type(value).__qualname__}"} | asdict(value)
+
+
+def check_suite(suite: Sequence[BenchmarkData], task: Task) -> None:
+    """Raises ConfigError if two benchmarks share a name, or the target counts as pretrained."""
+    names = [data.name for data in suite]
+    if doubled := sorted({name for name in [*names, task.name] if [*names, task.name].count(name) > 1}):
+        raise ConfigError(f"suite: {', '.join(doubled)} stands twice among pretrained benchmarks and target")

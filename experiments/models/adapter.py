@@ -1,0 +1,112 @@
+"""What the stages ask of a model family, and what all families share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from experiments.errors import ModelError
+from tailor.checkpoint import Checkpoint
+
+IGNORED = -100
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A training example: the image, the prompt as benchmarks word it, and the answer to learn."""
+
+    image: Image
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory. ``tensor_names``: parameter path → name of the tensor in the checkpoint folder."""
+
+    model: Any
+    processor: Any
+    tensor_names: Mapping[str, str]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by the name of their checkpoint tensor."""
+        named = dict(self.model.named_parameters())
+        return {tensor: named[path] for path, tensor in self.tensor_names.items()}
+
+    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies (checkpoint tensor name, weight) pairs into the model."""
+        parameters = self.parameters
+        with torch.no_grad():
+            for name, weight in weights:
+                parameters[name].copy_(weight)
+
+
+class Adapter(Protocol):
+    """A model family (LLaVA, InstructBLIP): a frozen value of a `conf/model` file."""
+
+    prompt_style: str
+
+    def load(self, folder: Path, dtype: torch.dtype, device: torch.device) -> Loaded:
+        """The model and processor of a checkpoint folder, ready for inference. Raises ModelError."""
+        ...
+
+    def prompt_batch(self, processor: Any, images: Sequence[Image], prompts: Sequence[str]) -> Batch:
+        """Left-padded inputs of `generate`."""
+        ...
+
+    def training_batch(self, processor: Any, samples: Sequence[Sample]) -> Batch:
+        """Right-padded inputs with `labels` on the answers (and their end of sentence) alone."""
+        ...
+
+    def token_mask(self, module: str, batch: Batch) -> Tensor | None:
+        """Which tokens that reach ``module`` in a training batch are real: (batch, tokens) bool, None for all."""
+        ...
+
+
+def tensor_names(model: nn.Module, checkpoint: Checkpoint, renamings: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Parameter path → checkpoint tensor name, by the first of ``renamings`` (module prefix, tensor prefix) that fits.
+
+    Raises ModelError listing every parameter whose tensor is missing or has another shape: a change of the module tree
+    or of the file layout must not pass unnoticed.
+    """
+    names, problems = {}, []
+    for path, parameter in model.named_parameters():
+        candidates = [tensor + path.removeprefix(module) for module, tensor in renamings if path.startswith(module)]
+        found = next((name for name in candidates if name in checkpoint), None)
+        if found is None:
+            problems.append(f"{path}: none of {', '.join(candidates) or 'any name'} is in the checkpoint")
+        elif tuple(parameter.shape) != tuple(checkpoint.shape(found)):
+            problems.append(f"{path}: {tuple(parameter.shape)} in memory, {tuple(checkpoint.shape(found))} in {found}")
+        else:
+            names[path] = found
+    if problems:
+        raise ModelError(
+            f"{type(model).__name__} does not fit {checkpoint.folder}: {'; '.join(problems[:8])} "
+            f"({len(problems)} in all); use a checkpoint of this architecture"
+        )
+    return names
+
+
+def append_answers(encoded: Sequence[Sequence[int]], answers: Sequence[str], tokenizer: Any) -> Batch:
+    """Prompt ids followed by answer ids and the end of sentence, right-padded; labels on the latter alone."""
+    ids, labels = [], []
+    for prompt, answer in zip(encoded, answers, strict=True):
+        reply = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        ids.append(torch.tensor([*prompt, *reply]))
+        labels.append(torch.tensor([IGNORED] * len(prompt) + reply))
+    padded = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
+    lengths = torch.tensor([len(row) for row in ids])
+    return {
+        "input_ids": padded,
+        "attention_mask": (torch.arange(padded.shape[1]) < lengths[:, None]).long(),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }

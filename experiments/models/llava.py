@@ -1,0 +1,58 @@
+"""LLaVA-1.5 through transformers: its Vicuna conversation, its names on disk, its token masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from experiments.models.adapter import Batch, Loaded, Sample, append_answers, tensor_names
+from tailor.checkpoint import Checkpoint
+
+RENAMINGS = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+)
+
+
+@dataclass(frozen=True)
+class Llava:
+    """``system`` is the sentence before the first turn, with its closing space; empty for none."""
+
+    prompt_style: str
+    system: str
+
+    def load(self, folder: Path, dtype: torch.dtype, device: torch.device) -> Loaded:
+        from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+        processor = AutoProcessor.from_pretrained(folder)
+        processor.tokenizer.padding_side = "left"
+        return Loaded(model, processor, tensor_names(model, Checkpoint(folder), RENAMINGS))
+
+    def prompt_batch(self, processor: Any, images: Sequence[Image], prompts: Sequence[str]) -> Batch:
+        texts = [self._conversation(prompt) for prompt in prompts]
+        return dict(processor(images=list(images), text=texts, padding=True, return_tensors="pt"))
+
+    def training_batch(self, processor: Any, samples: Sequence[Sample]) -> Batch:
+        texts = [self._conversation(sample.prompt) for sample in samples]
+        encoded = processor(images=[sample.image for sample in samples], text=texts)
+        answers = append_answers(encoded["input_ids"], [sample.answer for sample in samples], processor.tokenizer)
+        return {**answers, "pixel_values": torch.as_tensor(np.stack(encoded["pixel_values"]))}
+
+    def token_mask(self, module: str, batch: Batch) -> Tensor | None:
+        if "multi_modal_projector" in module or "vision_tower" in module:
+            return None
+        return batch["attention_mask"].bool()
+
+    def _conversation(self, prompt: str) -> str:
+        return f"{self.system}USER: <image>\n{prompt} ASSISTANT:"

@@ -1,0 +1,228 @@
+"""A run from end to end: which stages it needs, what each one depends on, and what it leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.aggregate import average, h_score
+from evaluation.records import Score, read_predictions, write_predictions
+from evaluation.score import score_predictions
+from experiments.artifacts import Artifact, Store
+from experiments.data import BenchmarkData, Rows, check_suite, identity
+from experiments.errors import ConfigError
+from experiments.models.adapter import Loaded, Sample
+from experiments.runs import SCORES, Record
+from experiments.schema import Experiment, home
+from experiments.stages.calibrate import collect_grams
+from experiments.stages.evaluate import generate
+from experiments.stages.fuse import PATCH, REPORT, Weights, fuse_into, fused_weights
+from experiments.stages.target import TargetLoss
+from tailor.checkpoint import Checkpoint
+from tailor.gram import Grams
+from tailor.method import Evidence, GramEvidence
+from tailor.patch import Patch
+from tailor.scope import changed_tensors
+
+log = logging.getLogger(__name__)
+
+MODELS = "experiments/models"
+WORLD = "experiments/worlds"
+DATA = ("experiments/data.py", "evaluation/benchmarks", "evaluation/prompts.py")
+CALIBRATION, HELD_OUT = "calibration.safetensors", "held_out.safetensors"
+
+
+def run(parts: Experiment, folder: Path, record: Record) -> None:
+    """Runs ``parts`` and fills ``folder``: patch, fusion report, predictions, scores."""
+    torch.set_num_threads(parts.config["threads"])
+    check_suite(parts.suite, parts.task)
+    pipeline = Pipeline(parts, Store(home(parts.config), {"threads": parts.config["threads"]}), record)
+    fusion, weights = pipeline.fused()
+    scores = pipeline.scores(weights, fusion.key, folder / "predictions")
+    for name in (PATCH, REPORT):
+        if (fusion.folder / name).exists():
+            _link(fusion.folder / name, folder / name)
+    pretrained, target = scores[:-1], scores[-1]
+    values = [score.value for score in pretrained]
+    summary = {"average": average(values, [target.value]), "h_score": h_score(values, [target.value])}
+    stored = {"pretrained": [s.to_json() for s in pretrained], "target": target.to_json(), "summary": summary}
+    (folder / SCORES).write_text(json.dumps(stored, indent=1) + "\n")
+    parts.logger.log(folder)
+    log.info("%s: Avg %.2f, H-score %.2f", record.content["label"], summary["average"], summary["h_score"])
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages of one run. Each is a function of artifacts before it, and is looked up before it is built."""
+
+    parts: Experiment
+    store: Store
+    record: Record
+
+    @cached_property
+    def base(self) -> Artifact:
+        base = self.parts.model.base
+        return self._build("base", {"base": identity(base)}, ("experiments/stages/pretrain.py", WORLD), base.build)
+
+    @cached_property
+    def finetuned(self) -> Artifact:
+        parts = self.parts
+        inputs = {**self._data, "base": self.base.key, "training": identity(parts.training)}
+
+        def make(out: Path) -> None:
+            rows = parts.task.samples(parts.task.train, parts.model.adapter.prompt_style)
+            parts.training.finetune(parts.model.adapter, self.base.folder, rows, out, parts.seed)
+
+        return self._build("finetuned", inputs, ("experiments/stages/finetune.py", MODELS, WORLD, *DATA), make)
+
+    @cached_property
+    def grams(self) -> Artifact:
+        parts, adapter = self.parts, self.parts.model.adapter
+        inputs = {**self._data, "finetuned": self.finetuned.key, "calibration": parts.calibration.collection()}
+
+        def make(out: Path) -> None:
+            loaded = self._load(Weights(self.finetuned.folder, None), torch.float32)
+            layers = changed_tensors(Checkpoint(self.base.folder), Checkpoint(self.finetuned.folder))
+            for name, samples in ((CALIBRATION, self._calibration_samples), (HELD_OUT, self._held_out_samples)):
+                batch_size, desc = parts.calibration.batch_size, f"calibrate ({name.partition('.')[0]})"
+                collect_grams(adapter, loaded, samples, layers, batch_size, desc).save(out / name)
+
+        sources = ("experiments/stages/calibrate.py", "tailor/gram.py", MODELS, WORLD, *DATA)
+        return self._build("grams", inputs, sources, make)
+
+    def fused(self) -> tuple[Artifact, Weights]:
+        parts, method = self.parts, self.parts.method
+        inputs = {
+            "method": identity(method),
+            "base": self.base.key,
+            "finetuned": self.finetuned.key,
+            "seed": parts.seed,
+        }
+        if method.needs == "grams":
+            inputs["grams"] = self.grams.key
+        if method.needs == "gradients":
+            inputs |= self._data | {"calibration": parts.calibration.collection()}
+
+        def make(out: Path) -> None:
+            folders = (self.base.folder, self.finetuned.folder)
+            fuse_into(out, *folders, method, self._evidence(), parts.seed)
+
+        sources = ("tailor", "experiments/stages/fuse.py", "experiments/stages/target.py", MODELS)
+        fusion = self._build("fused", inputs, sources, make)
+        return fusion, fused_weights(method, self.base.folder, self.finetuned.folder, fusion.folder)
+
+    def scores(self, weights: Weights, fusion_key: str, predictions: Path) -> list[Score]:
+        """Scores of the pretrained benchmarks, then of the target; predictions are linked into ``predictions``."""
+        predictions.mkdir(exist_ok=True)
+        loaded: list[Loaded] = []
+        scores = []
+        for data in (*self.parts.suite, self.parts.task.test):
+            answered = self._answers(weights, fusion_key, data, loaded)
+            _link(answered.folder / "predictions.jsonl", predictions / f"{data.name}.jsonl")
+            scores.append(self._score(data, predictions / f"{data.name}.jsonl"))
+        return scores
+
+    def _answers(self, weights: Weights, fusion_key: str, data: BenchmarkData, loaded: list[Loaded]) -> Artifact:
+        parts, adapter = self.parts, self.parts.model.adapter
+        instruction = data.instruction(adapter.prompt_style)
+        # Whole checkpoints are named by themselves, so that zero-shot answers once for all targets and seeds.
+        inputs = {
+            "weights": weights.folder.name if weights.patch is None else fusion_key,
+            "adapter": identity(adapter),
+            "data": data.identity(),
+            "instruction": identity(instruction),
+            "batch_size": parts.batch_size,
+            "dtype": parts.dtype,
+            "device": parts.device,
+        }
+
+        def make(out: Path) -> None:
+            if not loaded:  # once for all benchmarks, and not at all if every answer is there
+                loaded.append(self._load(weights, getattr(torch, parts.dtype)))
+            examples = data.examples(adapter.prompt_style)
+            answers = generate(adapter, loaded[0], examples, instruction.generation, parts.batch_size, data.name)
+            write_predictions(out / "predictions.jsonl", answers)
+
+        sources = ("experiments/stages/evaluate.py", "tailor/patch.py", MODELS, WORLD, *DATA)
+        return self._build(f"answers/{data.name}", inputs, sources, make)
+
+    def _score(self, data: BenchmarkData, predictions: Path) -> Score:
+        style = self.parts.model.adapter.prompt_style
+        revision = json.dumps(data.identity()["rows"])
+        score, _ = score_predictions(
+            data.benchmark, data.examples(style), read_predictions(predictions), data.instruction(style), revision
+        )
+        return score
+
+    def _evidence(self) -> Evidence:
+        match self.parts.method.needs:
+            case "grams":
+                folder = self.grams.folder
+                return GramEvidence(Grams.load(folder / CALIBRATION), Grams.load(folder / HELD_OUT))
+            case "gradients":
+                return TargetLoss(
+                    self.parts.model.adapter,
+                    self._load(Weights(self.base.folder, None), torch.float32),
+                    self._calibration_samples,
+                    self._held_out_samples,
+                    self.parts.calibration.batch_size,
+                )
+        return None
+
+    def _load(self, weights: Weights, dtype: torch.dtype) -> Loaded:
+        loaded = self.parts.model.adapter.load(weights.folder, dtype, torch.device(self.parts.device))
+        if weights.patch is not None:
+            loaded.set_weights(Patch.load(weights.patch).apply_to(Checkpoint(weights.folder)))
+        return loaded
+
+    @property
+    def _data(self) -> dict[str, object]:
+        parts = self.parts
+        return {"task": parts.task.identity(), "adapter": identity(parts.model.adapter), "seed": parts.seed}
+
+    @property
+    def _calibration_samples(self) -> list[Sample]:
+        return self._draw(self.parts.task.train, self.parts.calibration.samples, "calibration.samples")
+
+    @property
+    def _held_out_samples(self) -> list[Sample]:
+        return self._draw(self.parts.task.dev, self.parts.calibration.held_out, "calibration.held_out")
+
+    def _draw(self, rows: Rows, count: int, setting: str) -> list[Sample]:
+        answers = self.parts.task.samples(rows, self.parts.model.adapter.prompt_style)
+        if count > len(answers):
+            raise ConfigError(f"{setting}={count}, but {self.parts.task.name} has {len(answers)} rows; ask for fewer")
+        order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(self.parts.seed))
+        return [answers[index][0] for index in order[:count]]
+
+    def _build(
+        self, stage: str, inputs: Mapping[str, Any], sources: Sequence[str], make: Callable[[Path], None]
+    ) -> Artifact:
+        artifact = self.store.build(stage, inputs, sources, make)
+        stages = self.record.content.setdefault("stages", {})
+        stages[stage] = {
+            "key": artifact.key,
+            "reused": artifact.reused,
+            "seconds": artifact.seconds,
+            "peak_memory_gb": artifact.peak_memory_gb,
+        }
+        self.record.update()
+        log.info("%-24s %s %s", stage, artifact.key, "reused" if artifact.reused else f"{artifact.seconds:.1f} s")
+        return artifact
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, as artifacts never change; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

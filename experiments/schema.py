@@ -1,0 +1,125 @@
+"""The run's configuration: typed at the top, strict everywhere, its groups instantiated before any stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.errors import FORESEEN, ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+GROUPS = ("model", "task", "baseline", "training", "calibration", "suite", "logger")
+
+
+@dataclass
+class RunConfig:
+    """What `conf/run.yaml` composes. The groups are nodes with a ``_target_``, checked when they are instantiated."""
+
+    model: Any
+    task: Any
+    baseline: Any
+    training: Any
+    calibration: Any
+    suite: dict[str, Any]
+    logger: Any
+    seed: int
+    sparsity: float
+    omega: float
+    device: str
+    dtype: str
+    threads: int
+    batch_size: int
+    home: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run's parts, ready to use; `config` is what they were made from, resolved."""
+
+    model: Any  # experiments.models.pretrained.PretrainedModel
+    task: Any  # experiments.data.Task
+    method: Any  # tailor.method.Method
+    training: Any  # experiments.stages.finetune.Training
+    calibration: Any  # experiments.stages.calibrate.Calibration
+    suite: tuple[Any, ...]  # of experiments.data.BenchmarkData
+    logger: Any  # experiments.tracking.Tracking
+    seed: int
+    device: str
+    dtype: str
+    batch_size: int
+    config: Mapping[str, Any]
+    choices: Mapping[str, str]
+
+
+def experiment(composed: DictConfig, choices: Mapping[str, str]) -> Experiment:
+    """The parts of a composed configuration. Raises ConfigError naming the key or group, or what a part raises."""
+    config = strict(composed)
+    _check_ranges(config)
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict)
+    parts = {group: _instantiate(group, resolved[group]) for group in GROUPS}
+    return Experiment(
+        model=parts["model"],
+        task=parts["task"],
+        method=parts["baseline"],
+        training=parts["training"],
+        calibration=parts["calibration"],
+        suite=tuple(parts["suite"].values()),
+        logger=parts["logger"],
+        seed=config.seed,
+        device=config.device,
+        dtype=config.dtype,
+        batch_size=config.batch_size,
+        config=resolved,
+        choices={group: choices[group] for group in GROUPS},
+    )
+
+
+def strict(composed: DictConfig) -> Any:
+    """``composed`` under the schema's types. A key that the schema lacks is an error, ``+key=`` included."""
+    try:
+        plain = OmegaConf.to_container(composed)  # as a DictConfig it would bring its own unknown keys along
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        known = ", ".join(field.name for field in fields(RunConfig))
+        raise ConfigError(f"configuration: {str(error).splitlines()[0]} (the keys are {known})") from error
+    return merged
+
+
+def _check_ranges(config: Any) -> None:
+    problems = [
+        f"{name}={getattr(config, name)} is outside [0, 1]"
+        for name in ("sparsity", "omega")
+        if not 0 <= getattr(config, name) <= 1
+    ]
+    problems += [f"{name}={value} is less than 1" for name in ("threads", "batch_size") if (value := config[name]) < 1]
+    if config.dtype not in DTYPES:
+        problems.append(f"dtype={config.dtype} is none of {', '.join(DTYPES)}")
+    if problems:
+        raise ConfigError(f"configuration: {'; '.join(problems)}")
+
+
+def _instantiate(group: str, node: Any) -> Any:
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, FORESEEN):
+                raise cause from None
+            cause = cause.__cause__
+        finding = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"{group}: {finding} (in conf/{group} or an override of it)") from error
+
+
+def home(config: Mapping[str, Any]) -> Path:
+    return Path(config["home"])

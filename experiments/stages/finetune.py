@@ -1,0 +1,123 @@
+"""Fine-tuning on a target task through the transformers Trainer: loss on answers alone, in the scope asked for."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from experiments.errors import TrainingError
+from experiments.models.adapter import Adapter, Loaded, Sample
+from tailor.scope import select
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What trains and how. ``scope``: patterns over checkpoint tensor names; ``warmup``: fraction of the steps.
+
+    With several answers to a row (captions), each epoch learns one of them, in turn.
+    """
+
+    scope: tuple[str, ...]
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    schedule: str
+    warmup: float
+    weight_decay: float
+    max_gradient_norm: float
+
+    def finetune(self, adapter: Adapter, base: Path, rows: Sequence[Sequence[Sample]], out: Path, seed: int) -> None:
+        """Trains the checkpoint folder ``base`` and writes the fine-tuned one to ``out``, of the same layout.
+
+        Raises TrainingError if there is nothing to train or the loss is not finite.
+        """
+        from transformers import Trainer, TrainerCallback, set_seed
+
+        if not rows:
+            raise TrainingError("training data: no row to learn from; check the task's rows")
+        set_seed(seed)
+        loaded = adapter.load(base, torch.float32, torch.device("cpu"))
+        self._freeze_all_but_scope(loaded)
+
+        class StopOnBadLoss(TrainerCallback):
+            def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+                for name in ("loss", "grad_norm"):
+                    if not math.isfinite(logs.get(name, 0.0)):
+                        raise TrainingError(
+                            f"fine-tuning, step {state.global_step}: {name} is {logs[name]}; lower "
+                            "training.learning_rate or check the data"
+                        )
+
+        epochs = [[answers[epoch % len(answers)] for answers in rows] for epoch in range(self.epochs)]
+        samples = [sample for epoch in epochs for sample in epoch]
+        with TemporaryDirectory(dir=out.parent) as scratch:
+            trainer = Trainer(
+                model=loaded.model,
+                args=self._arguments(scratch, seed),
+                train_dataset=_Samples(samples),
+                data_collator=lambda batch: adapter.training_batch(loaded.processor, batch),
+                callbacks=[StopOnBadLoss()],
+            )
+            trainer.train()
+        loaded.model.save_pretrained(out)
+        loaded.processor.save_pretrained(out)
+
+    def identity(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def _freeze_all_but_scope(self, loaded: Loaded) -> None:
+        parameters = loaded.parameters
+        trained = set(select(parameters, self.scope))
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in trained)
+        count = sum(parameters[name].numel() for name in trained)
+        total = sum(parameter.numel() for parameter in parameters.values())
+        log.info("training %s of %s parameters in %d tensors:", f"{count:,}", f"{total:,}", len(trained))
+        for pattern in self.scope:
+            matched = select(parameters, [pattern])
+            log.info(
+                "  %-48s %10s in %d tensors", pattern, f"{sum(parameters[n].numel() for n in matched):,}", len(matched)
+            )
+
+    def _arguments(self, scratch: str, seed: int) -> Any:
+        from transformers import TrainingArguments
+
+        return TrainingArguments(
+            output_dir=scratch,
+            num_train_epochs=1,  # the samples of all epochs stand one after the other
+            per_device_train_batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type=self.schedule,
+            warmup_steps=self.warmup,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_gradient_norm,
+            seed=seed,
+            data_seed=seed,
+            use_cpu=not torch.cuda.is_available(),
+            remove_unused_columns=False,
+            save_strategy="no",
+            report_to=[],
+            logging_steps=1,
+            logging_strategy="steps",
+            dataloader_num_workers=0,
+        )
+
+
+class _Samples(torch.utils.data.Dataset[Sample]):
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index]

@@ -1,0 +1,53 @@
+"""Fusion of a run: the method with the evidence that it asks for, and the patch it makes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tailor.fuse import fuse_to_patch, fused_tensors
+from tailor.method import Evidence, Method
+from tailor.methods.finetune import FineTune
+from tailor.methods.zero_shot import ZeroShot
+from tailor.report import FusionReport
+
+PATCH = "patch.safetensors"
+REPORT = "fusion_report.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights to evaluate: a checkpoint folder, changed in memory by a patch if there is one."""
+
+    folder: Path
+    patch: Path | None
+
+
+def fuse_into(out: Path, pretrained: Path, finetuned: Path, method: Method, evidence: Evidence, seed: int) -> None:
+    """Writes the fusion report and the patch. The two ends are whole checkpoints already and get no patch."""
+    with tqdm(desc="fuse", unit="tensor", leave=False, dynamic_ncols=True) as progress:
+
+        def advance(name: str) -> None:
+            progress.update()
+
+        if is_end(method):
+            stream = fused_tensors(pretrained, finetuned, method, evidence=evidence, seed=seed, progress=advance)
+            report = FusionReport.of(method, seed, [row for _, _, row in stream])
+        else:
+            patch, report = fuse_to_patch(pretrained, finetuned, method, evidence=evidence, seed=seed, progress=advance)
+            patch.save(out / PATCH)
+    (out / REPORT).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+
+
+def fused_weights(method: Method, pretrained: Path, finetuned: Path, fusion: Path) -> Weights:
+    """Where the weights that ``method`` made are to be had."""
+    if is_end(method):
+        return Weights(pretrained if isinstance(method, ZeroShot) else finetuned, None)
+    return Weights(pretrained, fusion / PATCH)
+
+
+def is_end(method: Method) -> bool:
+    return isinstance(method, ZeroShot | FineTune)

@@ -1,0 +1,148 @@
+"""Tables and figures of finished runs: ``python -m experiments.tables [FOLDER]``, the newest sweep if none is named.
+
+Prints, for each model and target, methods against benchmarks in the paper's layout, and writes beside the runs the
+same numbers as ``table.csv``, the trade-off between old and new tasks and examples of what each model answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from experiments.artifacts import write_atomically
+from experiments.errors import FORESEEN, RunsError
+from experiments.runs import Run, read_runs
+from experiments.stages.fuse import REPORT
+
+SUMMARY = {"average": "Avg", "h_score": "H-score"}
+PARAMETERS = "params"
+
+
+def collect(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row a number: model, task, method, seed, column, role (params, pretrained, target, summary), value."""
+    rows = []
+    for run in runs:
+        pretrained, target, summary = run.scores()
+        changed = json.loads((run.folder / REPORT).read_text())["totals"]["changed_count"]
+        cells = [(PARAMETERS, PARAMETERS, changed)]
+        cells += [(score.benchmark, "pretrained", score.value) for score in pretrained]
+        cells += [(target.benchmark, "target", target.value)]
+        cells += [(SUMMARY[name], "summary", summary[name]) for name in SUMMARY]
+        choices = run.manifest["choices"]
+        for column, role, value in cells:
+            rows.append((choices["model"], choices["task"], run.label, run.manifest["seed"], column, role, value))
+    return pd.DataFrame(rows, columns=["model", "task", "method", "seed", "column", "role", "value"])
+
+
+def summarise(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(mean, standard deviation) over seeds of one model and task: methods in order of appearance × columns."""
+    order = {axis: list(dict.fromkeys(part[axis])) for axis in ("method", "column")}
+    pivot = part.pivot_table(index="method", columns="column", values="value", aggfunc=["mean", "std"], sort=False)
+    frames = (pivot.get(what, pd.DataFrame()) for what in ("mean", "std"))
+    mean, deviation = (frame.reindex(index=order["method"], columns=order["column"]) for frame in frames)
+    return mean, deviation
+
+
+def render(part: pd.DataFrame, title: str) -> Table:
+    """The table of one model and task; in each column the best is bold and the second best underlined."""
+    mean, deviation = summarise(part)
+    roles = part.drop_duplicates("column").set_index("column")["role"]
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("method", no_wrap=True)
+    for column in mean.columns:
+        table.add_column(f"{column} *" if roles[column] == "target" else str(column), justify="right")
+    styles = {column: _styles(mean[column]) for column in mean.columns if roles[column] != PARAMETERS}
+    for method in mean.index:
+        cells = []
+        for column in mean.columns:
+            value, spread = mean.loc[method, column], deviation.loc[method, column]
+            text = _cell(value, spread, as_count=roles[column] == PARAMETERS)
+            style = styles[column][method] if column in styles else ""
+            cells.append(f"[{style}]{text}[/]" if style else text)
+        table.add_row(method, *cells)
+    return table
+
+
+def _styles(values: pd.Series) -> dict[str, str]:
+    ranked = sorted(values.dropna().round(2).unique(), reverse=True)
+    marks = dict(zip(ranked, ("bold", "underline"), strict=False))
+    return {method: marks.get(value, "") for method, value in values.round(2).items()}
+
+
+def _cell(value: float, spread: float, as_count: bool) -> str:
+    if pd.isna(value):
+        return "–"
+    if as_count:
+        return f"{value / 1e3:.1f}k" if value < 1e6 else f"{value / 1e6:.1f}M"
+    return f"{value:.1f}" if pd.isna(spread) else f"{value:.1f} ±{spread:.1f}"
+
+
+def newest_sweep(home: Path) -> Path:
+    """The sweep that started last. Raises RunsError if there is none."""
+    sweeps = sorted(path for path in (home / "sweeps").glob("*") if path.is_dir())
+    if not sweeps:
+        raise RunsError(f"{home / 'sweeps'}: holds no sweep; make one with `make run`")
+    return sweeps[-1]
+
+
+def show(folder: Path, console: Console) -> bool:
+    """Prints tables and draws figures of the runs in ``folder``; True if every run there has finished."""
+    from experiments.figures import draw_examples, draw_trade_off  # matplotlib: only for those who draw
+
+    runs = read_runs(folder)
+    finished = [run for run in runs if run.finished]
+    if not finished:
+        raise RunsError(f"{folder}: none of its {len(runs)} runs has finished; the first says: {_reason(runs[0])}")
+    numbers = collect(finished)
+    write_atomically(folder / "table.csv", numbers.to_csv(index=False))
+    written = [folder / "table.csv"]
+    for (model, task), part in numbers.groupby(["model", "task"], sort=False):
+        seeds = part["seed"].nunique()
+        over = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
+        console.print(render(part, f"{model} fine-tuned on {task}{over} (* target)"))
+        here = [
+            run
+            for run in finished
+            if (run.manifest["choices"]["model"], run.manifest["choices"]["task"]) == (model, task)
+        ]
+        written += [
+            draw_trade_off(part, f"{model}, {task}", folder / f"trade_off_{model}_{task}.png"),
+            draw_examples(here, folder / f"examples_{model}_{task}.png"),
+        ]
+    for run in runs:
+        if not run.finished:
+            console.print(f"[red]{run.manifest['status']}[/]: {run.label} ({run.folder}): {_reason(run)}")
+    console.print(f"runs: {folder}", soft_wrap=True)
+    for path in written:
+        console.print(f"      {path.name}", soft_wrap=True)
+    return len(finished) == len(runs)
+
+
+def _reason(run: Run) -> str:
+    return str(run.manifest["error"]).strip().splitlines()[-1] if "error" in run.manifest else "it never ended"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tables and figures of finished runs.")
+    parser.add_argument("folder", type=Path, nargs="?", help="folder of a sweep or a run (default: the newest sweep)")
+    arguments = parser.parse_args()
+    home = Path(os.environ.get("TAILOR_HOME", "outputs"))
+    # Piped into a file the table keeps its width instead of being squeezed into 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    try:
+        whole = show(arguments.folder or newest_sweep(home), console)
+    except FORESEEN as error:
+        sys.exit(f"error: {error}")
+    sys.exit(0 if whole else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The embedded world's data sets, with the columns of the real ones: captions, annotated questions, single answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import datasets
+from datasets import Dataset, Features, Value
+
+from experiments.errors import ConfigError
+from experiments.worlds.captions import Style, references
+from experiments.worlds.questions import SKILLS, annotate
+from experiments.worlds.scenes import Domain, Split, generator, render, sample_scene
+
+NOVELTIES = ("none", "some", "all", "any")
+
+
+@dataclass(frozen=True)
+class CaptionRows:
+    """Scenes with five captions (columns image, image_id, captions), as COCO, NoCaps and Flickr30k have them.
+
+    ``novelty`` says how many pairs of digit and colour were never captioned in pretraining: none, some, all or any.
+    """
+
+    split: Split
+    domain: Domain
+    style: Style
+    novelty: str
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.novelty not in NOVELTIES:
+            raise ConfigError(f"CaptionRows.novelty: {self.novelty!r} is none of {', '.join(NOVELTIES)}")
+
+    def load(self) -> Dataset:
+        return _captions(self)
+
+
+@dataclass(frozen=True)
+class QuestionRows:
+    """Questions of one skill with ten annotators' answers (question_id, image, question, answers), as VQAv2 has them.
+
+    With ``single_answer`` the columns are GQA's: id, image, question, answer.
+    """
+
+    split: Split
+    domain: Domain
+    skill: str
+    count: int
+    single_answer: bool
+
+    def __post_init__(self) -> None:
+        if self.skill not in SKILLS:
+            raise ConfigError(f"QuestionRows.skill: {self.skill!r} is none of {', '.join(SKILLS)}")
+
+    def load(self) -> Dataset:
+        return _questions(self)
+
+
+@cache
+def _captions(rows: CaptionRows) -> Dataset:
+    def scenes() -> Iterator[dict[str, Any]]:
+        rng = generator("captions", rows.split, rows.domain, rows.style, rows.novelty)
+        for number in range(rows.count):
+            scene = sample_scene(rng, rows.domain, rows.novelty)
+            image = render(scene, rng, rows.split)
+            yield {"image_id": f"{number:05}", "image": image, "captions": references(scene, rows.style, rng)}
+
+    features = {"image_id": Value("string"), "image": datasets.Image(), "captions": datasets.List(Value("string"))}
+    return Dataset.from_list(list(scenes()), features=Features(features))
+
+
+@cache
+def _questions(rows: QuestionRows) -> Dataset:
+    skill = SKILLS[rows.skill]
+
+    def questions() -> Iterator[dict[str, Any]]:
+        rng = generator("questions", rows.split, rows.domain, rows.skill)
+        for number in range(rows.count):
+            scene = sample_scene(rng, rows.domain)
+            image = render(scene, rng, rows.split)
+            asked = skill.ask(scene, rng)
+            row = {"image": image, "question": asked.text}
+            if rows.single_answer:
+                yield row | {"id": f"{number:05}", "answer": asked.answer}
+            else:
+                yield row | {"question_id": number, "answers": annotate(skill, asked.answer, rng)}
+
+    features: dict[str, Any] = {"image": datasets.Image(), "question": Value("string")}
+    if rows.single_answer:
+        features |= {"id": Value("string"), "answer": Value("string")}
+    else:
+        features |= {"question_id": Value("int64"), "answers": datasets.List(Value("string"))}
+    return Dataset.from_list(list(questions()), features=Features(features))

@@ -1,0 +1,90 @@
+"""The patch decorator: compensate the kept entries of a delta for the reverted ones (Thm. 4.5).
+
+All three answer one question, how to choose the fused delta F on the mask so that tr((D - F)·H·(D - F)ᵀ) is small:
+`none` keeps D as it is, `sparsegpt` (the paper's choice) pushes errors to the right, `exact` is the minimiser.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tailor.errors import InvalidSetting
+from tailor.linalg import inverse_factor
+from tailor.support import solve_on_support
+
+Decorator = Literal["none", "sparsegpt", "exact"]
+DECORATORS: tuple[Decorator, ...] = get_args(Decorator)
+_BLOCK = 128
+
+
+def decorate(
+    delta: Tensor, mask: Tensor, gram: Tensor, how: Decorator, *, name: str = "", factor: Tensor | None = None
+) -> Tensor:
+    """The masked, compensated delta, (out, in), zero off the mask and equal to `delta` wherever nothing is compensated.
+
+    `delta` and `mask` are (out, in), `gram` (in, in) is damped already. `factor` spares `sparsegpt` the work of
+    `inverse_factor(gram)`. Raises SingularGram naming the layer, and InvalidSetting for an unknown decorator.
+    """
+    if how == "none":
+        fused = delta
+    elif how == "sparsegpt":
+        fused = push_errors(delta, mask, inverse_factor(gram, name) if factor is None else factor)
+    elif how == "exact":
+        fused = delta + _optimal_compensation(delta, mask, gram, name)
+    else:
+        raise InvalidSetting(f"decorator: {how!r} is unknown; choose one of {', '.join(DECORATORS)}")
+    return torch.where(mask, fused, 0)
+
+
+def push_errors(delta: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
+    """Go through the columns from left to right; a reverted entry pushes its error onto the columns after it.
+
+    `factor` is the upper triangular U with H⁻¹ = Uᵀ·U. What row j of U does to the columns from j on is what the
+    optimal brain surgeon would do with H restricted to those columns, so an entry compensates for reverted entries to
+    its left only. Columns of a block are updated one by one, the columns after it once a block.
+    """
+    columns = delta.T.contiguous()  # (in, out): one input's entries lie together
+    is_kept = mask.T.contiguous()
+    for first in range(0, columns.shape[0], _BLOCK):
+        end = min(first + _BLOCK, columns.shape[0])
+        block = columns[first:end].clone()
+        corner = factor[first:end, first:end]
+        errors = torch.empty_like(block)
+        for j in range(end - first):
+            # Thm. 4.5: what is lost by reverting, in units of U_jj, never crosses from one row of the layer to another.
+            errors[j] = (block[j] / corner[j, j]).masked_fill_(is_kept[first + j], 0)
+            block[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1)
+        columns[first:end] = block
+        columns[end:].addmm_(factor[first:end, end:].T, errors, alpha=-1)
+    return columns.T
+
+
+def _optimal_compensation(delta: Tensor, mask: Tensor, gram: Tensor, name: str) -> Tensor:
+    """C_S = (H_SS)⁻¹ ((delta off the mask) · H)_S: exactly 0 for rows that lose nothing, and at a full mask."""
+    reverted = delta.masked_fill(mask, 0)
+    compensation = torch.zeros_like(delta)
+    rows = ((reverted != 0).any(1) & mask.any(1)).nonzero()[:, 0]
+    if len(rows):
+        compensation[rows] = solve_on_support(gram, reverted[rows] @ gram, mask[rows], name=name)
+    return compensation
+
+
+def layer_error(delta: Tensor, fused_delta: Tensor, gram: Tensor) -> float:
+    """Share of the delta's effect on the layer's outputs that is lost: tr(R·H·Rᵀ) / tr(D·H·Dᵀ) with R = D - F.
+
+    0 if fused and full delta act alike, 1 if the fused delta is zero. Where the full delta has no effect at all, 0 if
+    the fused one has none either, else infinity.
+    """
+    lost, whole = output_energy(delta - fused_delta, gram), output_energy(delta, gram)
+    if whole == 0:
+        return 0.0 if lost == 0 else math.inf
+    return lost / whole
+
+
+def output_energy(delta: Tensor, gram: Tensor) -> float:
+    """tr(delta · gram · deltaᵀ): twice the mean squared change of the layer's outputs, summed over outputs."""
+    return max(0.0, float(((delta @ gram) * delta).sum(dtype=torch.float64)))

@@ -1,0 +1,185 @@
+"""The engine: stream tensors through a method, hold it to its mask, write, and account for every tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from tailor.bits import bit_patterns
+from tailor.checkpoint import Checkpoint, CheckpointWriter
+from tailor.errors import NotFinite, TailorError
+from tailor.method import Evidence, Fused, Method, Rng, grams_of, require_nothing, target_of
+from tailor.patch import Patch
+from tailor.report import Fate, FusionReport, TensorReport, settings_of
+from tailor.scope import changed_tensors, require_same_tensors, select
+
+Weights = str | os.PathLike[str] | Mapping[str, Tensor]
+
+
+def fuse(
+    pretrained: str | os.PathLike[str],
+    finetuned: str | os.PathLike[str],
+    method: Method,
+    out: str | os.PathLike[str],
+    *,
+    scope: Iterable[str] | None = None,
+    evidence: Evidence = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> FusionReport:
+    """Fuse two checkpoint folders into a third, which appears whole or not at all.
+
+    Deltas are taken after casting the base to the fine-tuned dtype; the result has the base's dtypes, its bits off the
+    masks and outside the scope, and the fine-tuned folder's other files. `scope` are name patterns (default: every
+    tensor that differs), `device` is where methods compute, `progress` is called with each name when its tensor is
+    done. Memory is bounded by the largest tensor and one shard, unless the method's docstring says otherwise.
+
+    Raises TailorError: see `tailor.errors` for what each kind means.
+    """
+    rows: list[TensorReport] = []
+    fused = fused_tensors(
+        pretrained, finetuned, method, scope=scope, evidence=evidence, seed=seed, device=device, progress=progress
+    )
+    with CheckpointWriter(out, like=finetuned) as writer:
+        for name, tensor, row in fused:
+            writer.write(name, tensor)
+            rows.append(row)
+    return FusionReport.of(method, seed, rows)
+
+
+def fuse_to_patch(
+    pretrained: Weights,
+    finetuned: Weights,
+    method: Method,
+    *,
+    scope: Iterable[str] | None = None,
+    evidence: Evidence = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Patch, FusionReport]:
+    """Like `fuse`, but return what fusing changes as a patch of the pretrained weights, and write nothing."""
+    rows: list[TensorReport] = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor, row in fused_tensors(
+            base, finetuned, method, scope=scope, evidence=evidence, seed=seed, device=device, progress=progress
+        ):
+            rows.append(row)
+            if row.fate == "fused":
+                yield name, tensor
+
+    base = _open(pretrained)
+    header = {
+        "base": base.folder.name if isinstance(base, Checkpoint) else "",
+        "method": type(method).__name__,
+        "settings": settings_of(method),
+        "seed": seed,
+    }
+    patch = Patch.between(base, tensors(), header)
+    return patch, FusionReport.of(method, seed, rows)
+
+
+def fused_tensors(
+    pretrained: Weights,
+    finetuned: Weights,
+    method: Method,
+    *,
+    scope: Iterable[str] | None = None,
+    evidence: Evidence = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[tuple[str, Tensor, TensorReport]]:
+    """Yield (name, tensor, report) for every tensor of the checkpoint, on the CPU: the stream that `fuse` writes."""
+    _require_evidence(method, evidence)
+    base, tuned = _open(pretrained), _open(finetuned)
+    require_same_tensors(base, tuned)
+    selected = None if scope is None else select(base, scope)
+    changed = changed_tensors(base, tuned, selected)
+
+    fates: dict[str, Fate] = dict.fromkeys(base, "copied")
+    fates.update(dict.fromkeys(selected or (), "kept"))
+    fates.update(dict.fromkeys(changed, "fused"))
+    for name, fate in fates.items():
+        if fate != "fused":
+            yield name, base[name], TensorReport(name, tuple(base[name].shape), fate)
+
+    todo = set(changed)
+    sources = (_InScope(base, changed, "pretrained", device), _InScope(tuned, changed, "fine-tuned", device))
+    for fused in method.fuse(*sources, evidence, Rng(seed)):
+        if fused.name not in todo:
+            raise TailorError(f"{type(method).__name__} yielded {fused.name} twice or out of scope; correct the method")
+        todo.remove(fused.name)
+        yield fused.name, *_settle(fused, base[fused.name], type(method).__name__)
+        if progress is not None:
+            progress(fused.name)
+    if todo:
+        raise TailorError(f"{type(method).__name__} left out {', '.join(sorted(todo))}; correct the method")
+
+
+class _InScope(Mapping[str, Tensor]):
+    """What a method sees of a checkpoint: the tensors in scope, on its device, checked for NaN and infinity."""
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], names: tuple[str, ...], whose: str, device: str | torch.device
+    ) -> None:
+        self._weights, self._names, self._whose, self._device = weights, dict.fromkeys(names), whose, device
+        self._checked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor = self._weights[name]
+        if name not in self._checked:
+            _require_finite(name, tensor, f"the {self._whose} tensor holds", "repair or replace this checkpoint")
+            self._checked.add(name)
+        return tensor.detach().to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _settle(fused: Fused, base: Tensor, method: str) -> tuple[Tensor, TensorReport]:
+    """The tensor in the base's dtype, with the base's bits off the mask, and its row of the report."""
+    name, shape, base = fused.name, tuple(base.shape), base.detach().cpu()
+    mask = torch.ones(shape, dtype=torch.bool) if fused.mask is None else fused.mask.cpu()
+    if tuple(fused.tensor.shape) != shape or tuple(mask.shape) != shape or mask.dtype != torch.bool:
+        raise TailorError(
+            f"{name}: {method} yielded {tuple(fused.tensor.shape)} under a {mask.dtype} mask {tuple(mask.shape)} for "
+            f"a tensor {shape}; correct the method"
+        )
+    result = torch.where(mask, fused.tensor.cpu().to(base.dtype), base)
+    _require_finite(name, result, f"fused by {method} and rounded to {base.dtype}, it holds", "check the settings")
+    changed = bit_patterns(result) != bit_patterns(base)
+    if bool((changed & ~mask.reshape(-1)).any()):
+        raise TailorError(f"{name}: entries changed outside the mask of {method}; this is a defect, please report it")
+    return result, TensorReport(name, shape, "fused", int(mask.sum()), int(changed.sum()), fused.facts)
+
+
+def _require_finite(name: str, tensor: Tensor, finding: str, way_out: str) -> None:
+    bad_count = int((~tensor.isfinite()).sum())
+    if bad_count:
+        raise NotFinite(f"{name}: {finding} {bad_count} NaN or infinite of {tensor.numel()} entries; {way_out}")
+
+
+def _require_evidence(method: Method, evidence: Evidence) -> None:
+    """Raise TailorError, before anything is read, unless the evidence is of the kind that the method declares."""
+    match method.needs:
+        case "nothing":
+            require_nothing(method, evidence)
+        case "grams":
+            grams_of(method, evidence)
+        case "gradients":
+            target_of(method, evidence)
+
+
+def _open(weights: Weights) -> Mapping[str, Tensor]:
+    return weights if isinstance(weights, Mapping) else Checkpoint(weights)

@@ -17,7 +17,10 @@ from experiments.models.adapter import Sample
 
 
 class Rows(Protocol):
-    """A frozen value that says where rows are; ``load`` reads them."""
+    """A frozen value that says where rows are; ``load`` reads them. ``sources``: the code that they depend on."""
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
 
     def load(self) -> Dataset: ...
 

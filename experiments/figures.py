@@ -80,7 +80,7 @@ def draw_examples(runs: Sequence[Run], path: Path) -> Path:
     answered = [_read(data, runs, config.model.adapter.prompt_style) for data in suite]
     old = sorted(answered[:-1], key=lambda each: each.gap(), reverse=True)[: EXAMPLES - 1]
     chosen = [*old, answered[-1]]
-    height = 0.62 + 0.2 * len(runs)
+    height = max(1.4, 0.62 + 0.2 * len(runs))
     figure, axes = plt.subplots(
         len(chosen), 2, figsize=(11, height * len(chosen)), width_ratios=(1, 5), layout="constrained", squeeze=False
     )

@@ -12,7 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+import transformers
 
 from evaluation.aggregate import average, h_score
 from evaluation.records import Score, read_predictions, write_predictions
@@ -30,34 +32,36 @@ from experiments.stages.target import TargetLoss
 from tailor.checkpoint import Checkpoint
 from tailor.gram import Grams
 from tailor.method import Evidence, GramEvidence
+from tailor.methods.zero_shot import ZeroShot
 from tailor.patch import Patch
 from tailor.scope import changed_tensors
 
 log = logging.getLogger(__name__)
 
 MODELS = "experiments/models"
-WORLD = "experiments/worlds"
 DATA = ("experiments/data.py", "evaluation/benchmarks", "evaluation/prompts.py")
+CHECKPOINT = "checkpoint"
 CALIBRATION, HELD_OUT = "calibration.safetensors", "held_out.safetensors"
 
 
 def run(parts: Experiment, folder: Path, record: Record) -> None:
     """Runs ``parts`` and fills ``folder``: patch, fusion report, predictions, scores."""
     torch.set_num_threads(parts.config["threads"])
+    transformers.utils.logging.disable_progress_bar()  # the stages show their own
     check_suite(parts.suite, parts.task)
     pipeline = Pipeline(parts, Store(home(parts.config), {"threads": parts.config["threads"]}), record)
     fusion, weights = pipeline.fused()
     scores = pipeline.scores(weights, fusion.key, folder / "predictions")
-    for name in (PATCH, REPORT):
-        if (fusion.folder / name).exists():
-            _link(fusion.folder / name, folder / name)
+    shutil.copyfile(fusion.folder / REPORT, folder / REPORT)
+    if weights.patch is not None:
+        _link(weights.patch, folder / PATCH)
     pretrained, target = scores[:-1], scores[-1]
     values = [score.value for score in pretrained]
     summary = {"average": average(values, [target.value]), "h_score": h_score(values, [target.value])}
     stored = {"pretrained": [s.to_json() for s in pretrained], "target": target.to_json(), "summary": summary}
     (folder / SCORES).write_text(json.dumps(stored, indent=1) + "\n")
     parts.logger.log(folder)
-    log.info("%s: Avg %.2f, H-score %.2f", record.content["label"], summary["average"], summary["h_score"])
+    log.info("%s: Avg %.2f, H-score %.2f", parts.choices["baseline"], summary["average"], summary["h_score"])
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,11 @@ class Pipeline:
     @cached_property
     def base(self) -> Artifact:
         base = self.parts.model.base
-        return self._build("base", {"base": identity(base)}, ("experiments/stages/pretrain.py", WORLD), base.build)
+
+        def make(out: Path) -> None:
+            base.build(out / CHECKPOINT)
+
+        return self._build("base", {"base": identity(base)}, base.sources, make)
 
     @cached_property
     def finetuned(self) -> Artifact:
@@ -80,9 +88,15 @@ class Pipeline:
 
         def make(out: Path) -> None:
             rows = parts.task.samples(parts.task.train, parts.model.adapter.prompt_style)
-            parts.training.finetune(parts.model.adapter, self.base.folder, rows, out, parts.seed)
+            losses = parts.training.finetune(parts.model.adapter, self._base_folder, rows, out / CHECKPOINT, parts.seed)
+            pd.DataFrame({"step": range(1, len(losses) + 1), "loss": losses}).to_csv(out / "losses.csv", index=False)
 
-        return self._build("finetuned", inputs, ("experiments/stages/finetune.py", MODELS, WORLD, *DATA), make)
+        return self._build("finetuned", inputs, ("experiments/stages/finetune.py", *self._sources), make)
+
+    @property
+    def tuned(self) -> Artifact:
+        """What is fused with the base: the fine-tuned model, or for zero-shot, which needs none, the base again."""
+        return self.base if isinstance(self.parts.method, ZeroShot) else self.finetuned
 
     @cached_property
     def grams(self) -> Artifact:
@@ -90,13 +104,13 @@ class Pipeline:
         inputs = {**self._data, "finetuned": self.finetuned.key, "calibration": parts.calibration.collection()}
 
         def make(out: Path) -> None:
-            loaded = self._load(Weights(self.finetuned.folder, None), torch.float32)
-            layers = changed_tensors(Checkpoint(self.base.folder), Checkpoint(self.finetuned.folder))
+            loaded = self._load(Weights(self._finetuned_folder, None), torch.float32)
+            layers = changed_tensors(Checkpoint(self._base_folder), Checkpoint(self._finetuned_folder))
             for name, samples in ((CALIBRATION, self._calibration_samples), (HELD_OUT, self._held_out_samples)):
                 batch_size, desc = parts.calibration.batch_size, f"calibrate ({name.partition('.')[0]})"
                 collect_grams(adapter, loaded, samples, layers, batch_size, desc).save(out / name)
 
-        sources = ("experiments/stages/calibrate.py", "tailor/gram.py", MODELS, WORLD, *DATA)
+        sources = ("experiments/stages/calibrate.py", "tailor/gram.py", *self._sources)
         return self._build("grams", inputs, sources, make)
 
     def fused(self) -> tuple[Artifact, Weights]:
@@ -104,7 +118,7 @@ class Pipeline:
         inputs = {
             "method": identity(method),
             "base": self.base.key,
-            "finetuned": self.finetuned.key,
+            "finetuned": self.tuned.key,
             "seed": parts.seed,
         }
         if method.needs == "grams":
@@ -113,12 +127,11 @@ class Pipeline:
             inputs |= self._data | {"calibration": parts.calibration.collection()}
 
         def make(out: Path) -> None:
-            folders = (self.base.folder, self.finetuned.folder)
-            fuse_into(out, *folders, method, self._evidence(), parts.seed)
+            fuse_into(out, self._base_folder, self.tuned.folder / CHECKPOINT, method, self._evidence(), parts.seed)
 
-        sources = ("tailor", "experiments/stages/fuse.py", "experiments/stages/target.py", MODELS)
+        sources = ("tailor", "experiments/stages/fuse.py", "experiments/stages/target.py", *self._sources)
         fusion = self._build("fused", inputs, sources, make)
-        return fusion, fused_weights(method, self.base.folder, self.finetuned.folder, fusion.folder)
+        return fusion, fused_weights(method, self._base_folder, self.tuned.folder / CHECKPOINT, fusion.folder)
 
     def scores(self, weights: Weights, fusion_key: str, predictions: Path) -> list[Score]:
         """Scores of the pretrained benchmarks, then of the target; predictions are linked into ``predictions``."""
@@ -127,7 +140,7 @@ class Pipeline:
         scores = []
         for data in (*self.parts.suite, self.parts.task.test):
             answered = self._answers(weights, fusion_key, data, loaded)
-            _link(answered.folder / "predictions.jsonl", predictions / f"{data.name}.jsonl")
+            shutil.copyfile(answered.folder / "predictions.jsonl", predictions / f"{data.name}.jsonl")
             scores.append(self._score(data, predictions / f"{data.name}.jsonl"))
         return scores
 
@@ -136,7 +149,7 @@ class Pipeline:
         instruction = data.instruction(adapter.prompt_style)
         # Whole checkpoints are named by themselves, so that zero-shot answers once for all targets and seeds.
         inputs = {
-            "weights": weights.folder.name if weights.patch is None else fusion_key,
+            "weights": weights.folder.parent.name if weights.patch is None else fusion_key,
             "adapter": identity(adapter),
             "data": data.identity(),
             "instruction": identity(instruction),
@@ -152,7 +165,7 @@ class Pipeline:
             answers = generate(adapter, loaded[0], examples, instruction.generation, parts.batch_size, data.name)
             write_predictions(out / "predictions.jsonl", answers)
 
-        sources = ("experiments/stages/evaluate.py", "tailor/patch.py", MODELS, WORLD, *DATA)
+        sources = ("experiments/stages/evaluate.py", "tailor/patch.py", MODELS, *DATA, *data.rows.sources)
         return self._build(f"answers/{data.name}", inputs, sources, make)
 
     def _score(self, data: BenchmarkData, predictions: Path) -> Score:
@@ -171,7 +184,7 @@ class Pipeline:
             case "gradients":
                 return TargetLoss(
                     self.parts.model.adapter,
-                    self._load(Weights(self.base.folder, None), torch.float32),
+                    self._load(Weights(self._base_folder, None), torch.float32),
                     self._calibration_samples,
                     self._held_out_samples,
                     self.parts.calibration.batch_size,
@@ -183,6 +196,19 @@ class Pipeline:
         if weights.patch is not None:
             loaded.set_weights(Patch.load(weights.patch).apply_to(Checkpoint(weights.folder)))
         return loaded
+
+    @property
+    def _base_folder(self) -> Path:
+        return self.base.folder / CHECKPOINT
+
+    @property
+    def _finetuned_folder(self) -> Path:
+        return self.finetuned.folder / CHECKPOINT
+
+    @property
+    def _sources(self) -> tuple[str, ...]:
+        """The code that turns the task's rows into batches."""
+        return (MODELS, *DATA, *self.parts.task.train.sources)
 
     @property
     def _data(self) -> dict[str, object]:
@@ -221,7 +247,7 @@ class Pipeline:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link, as artifacts never change; a copy where the file system has none."""
+    """A hard link, for what is large and never edited; a copy where the file system has none."""
     try:
         os.link(source, target)
     except OSError:

@@ -26,7 +26,7 @@ def job(composed: DictConfig) -> None:
     runtime = HydraConfig.get().runtime
     folder = Path(runtime.output_dir)
     try:
-        with recorded(folder, label=label(), seed=composed.seed, choices=dict(runtime.choices)) as record:
+        with recorded(folder, seed=composed.seed, choices=dict(runtime.choices), overrides=overrides()) as record:
             parts = experiment(composed, runtime.choices)
             OmegaConf.save(OmegaConf.create(dict(parts.config)), folder / "config.yaml")
             from experiments.pipeline import run  # torch and transformers only now: composing must stay quick
@@ -36,11 +36,10 @@ def job(composed: DictConfig) -> None:
         log.error("%s", error)
 
 
-def label() -> str:
-    """The baseline and whatever else this job's overrides set, for tables and figures; seeds are averaged over."""
+def overrides() -> list[str]:
+    """What this job's overrides set besides the choices that name its table and row; seeds are averaged over."""
     told_apart = ("model", "task", "experiment", "baseline", "seed", "logger", "home")
-    overrides = [o for o in HydraConfig.get().overrides.task if o.lstrip("+~").partition("=")[0] not in told_apart]
-    return " ".join([HydraConfig.get().runtime.choices["baseline"], *overrides])
+    return [o for o in HydraConfig.get().overrides.task if o.lstrip("+~").partition("=")[0] not in told_apart]
 
 
 def main() -> None:

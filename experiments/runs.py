@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,19 +24,15 @@ SCORES = "scores.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as its files tell."""
+    """A run folder as its files tell. ``label``: the baseline and what sets it apart from the runs read with it."""
 
     folder: Path
     manifest: dict[str, Any]
+    label: str
 
     @property
     def finished(self) -> bool:
         return bool(self.manifest["status"] == "finished")
-
-    @property
-    def label(self) -> str:
-        """The baseline, with what a sweep varied besides."""
-        return str(self.manifest["label"])
 
     def scores(self) -> tuple[list[Score], Score, dict[str, float]]:
         """(pretrained, target, {average, h_score}). Raises RunsError."""
@@ -76,33 +73,63 @@ def recorded(folder: Path, **content: Any) -> Iterator[Record]:
 
 
 def read_run(folder: Path) -> Run:
-    path = folder / MANIFEST
-    try:
-        return Run(folder, json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise RunsError(f"{path}: cannot be read ({error}); is this the folder of a run?") from error
+    """The run of a run's folder, labelled by its baseline and overrides. Raises RunsError."""
+    manifest = _manifest(folder)
+    return Run(folder, manifest, _label(manifest, shared=set()))
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The runs of a sweep's folder in order, or the one run of a run's folder. Raises RunsError if there is none."""
+    """The runs of a sweep's folder in order, or the one run of a run's folder. Raises RunsError if there is none.
+
+    Labels leave out the overrides that all these runs share.
+    """
     if (folder / MANIFEST).is_file():
         return [read_run(folder)]
     jobs = sorted(folder.glob(f"*/{MANIFEST}"), key=lambda path: (len(path.parent.name), path.parent.name))
     if not jobs:
         raise RunsError(f"{folder}: holds no run; make one with `python -m experiments.run`")
-    return [read_run(path.parent) for path in jobs]
+    manifests = [_manifest(path.parent) for path in jobs]
+    shared = set.intersection(*(set(manifest["overrides"]) for manifest in manifests))
+    return [Run(path.parent, each, _label(each, shared)) for path, each in zip(jobs, manifests, strict=True)]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunsError(f"{path}: cannot be read ({error}); is this the folder of a run?") from error
+    if missing := [name for name in ("status", "seed", "choices", "overrides") if name not in manifest]:
+        raise RunsError(f"{path}: lacks {', '.join(missing)}; no run of this version wrote it: run it again")
+    return manifest
+
+
+def _label(manifest: dict[str, Any], shared: set[str]) -> str:
+    return " ".join([manifest["choices"]["baseline"], *(o for o in manifest["overrides"] if o not in shared)])
 
 
 class RememberFolder(Callback):
-    """Hydra callback: keeps where the last run or sweep went, for the exit code, which Hydra doesn't take from jobs."""
+    """Hydra callback: keeps where the last run or sweep went, for the exit code, which Hydra doesn't take from jobs.
+
+    Makes the folder first: where it can't, Hydra itself would end in a traceback.
+    """
 
     folder: Path | None = None
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        RememberFolder.folder = Path(config.hydra.run.dir)
+        self._open(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        RememberFolder.folder = Path(config.hydra.sweep.dir)
+        self._open(Path(config.hydra.sweep.dir))
+
+    @staticmethod
+    def _open(folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            # Hydra turns any other exception of a callback into a warning.
+            sys.exit(f"error: {folder}: {error.strerror}; point TAILOR_HOME to a folder that can be written")
+        RememberFolder.folder = folder
 
 
 def _now() -> str:

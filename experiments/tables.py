@@ -85,8 +85,9 @@ def _cell(value: float, spread: float, as_count: bool) -> str:
     return f"{value:.1f}" if pd.isna(spread) else f"{value:.1f} ±{spread:.1f}"
 
 
-def newest_sweep(home: Path) -> Path:
-    """The sweep that started last. Raises RunsError if there is none."""
+def newest_sweep() -> Path:
+    """The sweep under TAILOR_HOME that started last. Raises RunsError if there is none."""
+    home = Path(os.environ.get("TAILOR_HOME", "outputs"))
     sweeps = sorted(path for path in (home / "sweeps").glob("*") if path.is_dir())
     if not sweeps:
         raise RunsError(f"{home / 'sweeps'}: holds no sweep; make one with `make run`")
@@ -134,11 +135,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tables and figures of finished runs.")
     parser.add_argument("folder", type=Path, nargs="?", help="folder of a sweep or a run (default: the newest sweep)")
     arguments = parser.parse_args()
-    home = Path(os.environ.get("TAILOR_HOME", "outputs"))
     # Piped into a file the table keeps its width instead of being squeezed into 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     try:
-        whole = show(arguments.folder or newest_sweep(home), console)
+        whole = show(arguments.folder or newest_sweep(), console)
     except FORESEEN as error:
         sys.exit(f"error: {error}")
     sys.exit(0 if whole else 1)

@@ -10,7 +10,10 @@ from experiments.models.adapter import Adapter
 
 
 class Base(Protocol):
-    """A frozen value that knows how to make the pretrained checkpoint folder."""
+    """A frozen value that knows how to make the pretrained checkpoint folder. ``sources``: the code it depends on."""
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
 
     def build(self, out: Path) -> None: ...
 

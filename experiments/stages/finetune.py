@@ -11,6 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from experiments.errors import TrainingError
 from experiments.models.adapter import Adapter, Loaded, Sample
@@ -35,41 +37,35 @@ class Training:
     weight_decay: float
     max_gradient_norm: float
 
-    def finetune(self, adapter: Adapter, base: Path, rows: Sequence[Sequence[Sample]], out: Path, seed: int) -> None:
-        """Trains the checkpoint folder ``base`` and writes the fine-tuned one to ``out``, of the same layout.
+    def finetune(
+        self, adapter: Adapter, base: Path, rows: Sequence[Sequence[Sample]], out: Path, seed: int
+    ) -> list[float]:
+        """Trains the checkpoint folder ``base``, writes the fine-tuned one to ``out`` and returns each step's loss.
+
+        ``rows`` hold one sample for each answer worth learning.
 
         Raises TrainingError if there is nothing to train or the loss is not finite.
         """
-        from transformers import Trainer, TrainerCallback, set_seed
-
         if not rows:
             raise TrainingError("training data: no row to learn from; check the task's rows")
         set_seed(seed)
         loaded = adapter.load(base, torch.float32, torch.device("cpu"))
         self._freeze_all_but_scope(loaded)
-
-        class StopOnBadLoss(TrainerCallback):
-            def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-                for name in ("loss", "grad_norm"):
-                    if not math.isfinite(logs.get(name, 0.0)):
-                        raise TrainingError(
-                            f"fine-tuning, step {state.global_step}: {name} is {logs[name]}; lower "
-                            "training.learning_rate or check the data"
-                        )
-
         epochs = [[answers[epoch % len(answers)] for answers in rows] for epoch in range(self.epochs)]
-        samples = [sample for epoch in epochs for sample in epoch]
+        progress = _Progress()
         with TemporaryDirectory(dir=out.parent) as scratch:
             trainer = Trainer(
                 model=loaded.model,
                 args=self._arguments(scratch, seed),
-                train_dataset=_Samples(samples),
+                train_dataset=_Samples([sample for epoch in epochs for sample in epoch]),
                 data_collator=lambda batch: adapter.training_batch(loaded.processor, batch),
-                callbacks=[StopOnBadLoss()],
+                callbacks=[progress],
             )
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
         loaded.model.save_pretrained(out)
         loaded.processor.save_pretrained(out)
+        return progress.losses
 
     def identity(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,9 +84,7 @@ class Training:
                 "  %-48s %10s in %d tensors", pattern, f"{sum(parameters[n].numel() for n in matched):,}", len(matched)
             )
 
-    def _arguments(self, scratch: str, seed: int) -> Any:
-        from transformers import TrainingArguments
-
+    def _arguments(self, scratch: str, seed: int) -> TrainingArguments:
         return TrainingArguments(
             output_dir=scratch,
             num_train_epochs=1,  # the samples of all epochs stand one after the other
@@ -107,9 +101,34 @@ class Training:
             save_strategy="no",
             report_to=[],
             logging_steps=1,
-            logging_strategy="steps",
-            dataloader_num_workers=0,
+            disable_tqdm=True,  # its bar prints a line a step; ours shows the loss
         )
+
+
+class _Progress(TrainerCallback):
+    """A progress bar with the loss; stops the training as soon as that is not finite."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar = tqdm(total=state.max_steps, desc="fine-tune", dynamic_ncols=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" not in logs:
+            return
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(float(logs[name])):
+                raise TrainingError(
+                    f"fine-tuning, step {state.global_step}: {name} is {logs[name]}; lower training.learning_rate or "
+                    "check the data and the base model's weights"
+                )
+        self.losses.append(float(logs["loss"]))
+        self._bar.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
+        self._bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.close()
 
 
 class _Samples(torch.utils.data.Dataset[Sample]):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,8 +21,13 @@ from tqdm import tqdm
 from experiments.errors import TrainingError
 from experiments.models.adapter import IGNORED, Batch, append_answers
 from experiments.worlds import tiny_models
-from experiments.worlds.pool import ScenePool, scene_pool, turns, vocabulary
+from experiments.worlds.pool import ScenePool, scene_pool, turn, turns, vocabulary
 from experiments.worlds.scenes import COLOURS, generator
+
+SOURCES = (
+    "experiments/stages/pretrain.py",
+    *(f"experiments/worlds/{name}.py" for name in ("captions", "pool", "questions", "scenes", "tiny_models")),
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class DigitsLlava:
     seed: int
     vision: Phase
     language: Phase
+    sources: ClassVar[tuple[str, ...]] = SOURCES
 
     def build(self, out: Path) -> None:
         """Trains from scratch and writes a checkpoint folder. Raises TrainingError if a loss is not finite."""
@@ -49,8 +55,11 @@ class DigitsLlava:
         model, processor = tiny_models.llava(vocabulary())
         pool = scene_pool(processor.image_processor, self.scenes)
         tower = model.model.vision_tower
-        features = lambda pixels: tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]  # noqa: E731
-        train_tower(tower, features, pool, self.vision, self.seed)
+
+        def patches(pixels: Tensor) -> Tensor:  # of the layer that LLaVA reads, without the class token
+            return tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+
+        train_tower(tower, patches, pool, self.vision, self.seed)
         tower.requires_grad_(False)
 
         def batch_loss(indices: np.ndarray, rng: np.random.Generator) -> Tensor:
@@ -63,13 +72,14 @@ class DigitsLlava:
 
 @dataclass(frozen=True)
 class DigitsInstructBlip:
-    """The embedded world's InstructBLIP: vision tower, alignment of the queries, then all but the tower on questions."""
+    """The embedded world's InstructBLIP: vision tower, alignment of the queries, then all but the tower."""
 
     scenes: int
     seed: int
     vision: Phase
     align: Phase
     language: Phase
+    sources: ClassVar[tuple[str, ...]] = SOURCES
 
     def build(self, out: Path) -> None:
         """Trains from scratch and writes a checkpoint folder. Raises TrainingError if a loss is not finite."""
@@ -85,7 +95,7 @@ class DigitsInstructBlip:
         slots = [model.config.image_token_index] * tiny_models.QUERY_TOKENS
 
         def batch_loss(indices: np.ndarray, rng: np.random.Generator) -> Tensor:
-            asked = [turns(pool.scenes[index], rng)[0] for index in indices]
+            asked = [turn(pool.scenes[index], rng) for index in indices]
             prompts = [[*slots, *processor.tokenizer(prompt)["input_ids"]] for prompt, _ in asked]
             batch = append_answers(prompts, [answer for _, answer in asked], processor.tokenizer)
             states = query_states(model, processor, features[indices], [prompt for prompt, _ in asked])
@@ -99,6 +109,7 @@ class DigitsInstructBlip:
 
 
 def query_states(model: Any, processor: Any, features: Tensor, prompts: list[str]) -> Tensor:
+    """The Q-Former's queries after reading patches and prompts: (batch, queries, width)."""
     text = processor.qformer_tokenizer(prompts, padding=True, return_tensors="pt")
     queries = model.query_tokens.expand(len(features), -1, -1)
     mask = torch.cat([torch.ones(queries.shape[:2], dtype=torch.long), text["attention_mask"]], dim=1)
@@ -114,11 +125,10 @@ def align_queries(model: Any, processor: Any, features: Tensor, pool: ScenePool,
     digit_head, colour_head = nn.Linear(width, 11), nn.Linear(width, len(COLOURS) + 1)
 
     def batch_loss(indices: np.ndarray, rng: np.random.Generator) -> Tensor:
-        prompts = [turns(pool.scenes[index], rng)[0][0] for index in indices]
+        prompts = [turn(pool.scenes[index], rng)[0] for index in indices]
         states = query_states(model, processor, features[indices], prompts)[:, :4]
-        return class_loss(digit_head(states), pool.digits[indices]) + class_loss(
-            colour_head(states), pool.colours[indices]
-        )
+        digit_loss = class_loss(digit_head(states), pool.digits[indices])
+        return digit_loss + class_loss(colour_head(states), pool.colours[indices])
 
     parameters = [*model.qformer.parameters(), *digit_head.parameters(), *colour_head.parameters(), model.query_tokens]
     optimise("align", parameters, batch_loss, len(pool), phase, seed)
@@ -157,6 +167,7 @@ def optimise(
     phase: Phase,
     seed: int,
 ) -> None:
+    """Trains ``parameters`` on ``batch_loss(indices, rng)`` of indices drawn below ``pool_size``."""
     parameters = list(parameters)
     rng = generator("pretrain", name, seed)
     optimiser = torch.optim.AdamW(parameters, lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -180,34 +191,34 @@ def pack_batch(tokenizer: Any, conversations: Sequence[Sequence[tuple[str, str]]
     """Right-padded `pack` of each conversation, as keyword arguments of LLaVA's forward."""
     columns = zip(*(pack(tokenizer, pairs) for pairs in conversations), strict=True)
     fills = (tokenizer.pad_token_id, IGNORED, -1, 0)
-    ids, labels, turn, positions = (pad(rows, fill) for rows, fill in zip(columns, fills, strict=True))
-    return {"input_ids": ids, "labels": labels, "attention_mask": own_turn(turn), "position_ids": positions}
+    ids, labels, turn_numbers, positions = (pad(rows, fill) for rows, fill in zip(columns, fills, strict=True))
+    return {"input_ids": ids, "labels": labels, "attention_mask": own_turn(turn_numbers), "position_ids": positions}
 
 
 def pack(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Several single-turn conversations about one image that share its tokens: ids, labels, turns and positions.
+    """Several single-turn conversations about one image that share its tokens: ids, labels, turn numbers and positions.
 
-    Turn 0 is the shared head, image included. Labels are on answers alone.
+    Number 0 is the shared head, image included. Labels are on answers alone.
     """
     head = tokenizer("USER: " + "<image>" * tiny_models.PATCH_COUNT)["input_ids"]
-    ids, labels, turn, positions = list(head), [IGNORED] * len(head), [0] * len(head), list(range(len(head)))
+    ids, labels, numbers, positions = list(head), [IGNORED] * len(head), [0] * len(head), list(range(len(head)))
     for number, (prompt, answer) in enumerate(pairs, start=1):
         question = tokenizer(f"{prompt} ASSISTANT:", add_special_tokens=False)["input_ids"]
         reply = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         ids += question + reply
         labels += [IGNORED] * len(question) + reply
-        turn += [number] * len(question + reply)
+        numbers += [number] * len(question + reply)
         positions += range(len(head), len(head) + len(question + reply))
-    return ids, labels, turn, positions
+    return ids, labels, numbers, positions
 
 
-def own_turn(turn: Tensor) -> Tensor:
+def own_turn(numbers: Tensor) -> Tensor:
     """Attention of packed conversations: each token sees the head and its own turn so far.
 
-    turn: (batch, tokens) int64, -1 for padding. Returns (batch, 1, tokens, tokens) bool, True where attended.
+    numbers: turn numbers, (batch, tokens) int64, -1 for padding. Returns (batch, 1, tokens, tokens) bool.
     """
-    past = torch.ones(turn.shape[1], turn.shape[1]).tril().bool()
-    related = (turn[:, None, :] == 0) | (turn[:, None, :] == turn[:, :, None])
+    past = torch.ones(numbers.shape[1], numbers.shape[1]).tril().bool()
+    related = (numbers[:, None, :] == 0) | (numbers[:, None, :] == numbers[:, :, None])
     return (past & related)[:, None]
 
 

@@ -15,15 +15,11 @@ from experiments.worlds.scenes import Item, Scene
 
 Style = Literal["everyday", "street"]
 REFERENCES = 5
-RARE_STYLE_SHARE = 0.04
-"""Share of everyday references written in the street style: a large caption corpus holds a little of everything."""
 
 
 def caption(scene: Scene, style: Style, rng: np.random.Generator) -> str:
     """One annotator's caption of ``scene``, lower case, words and marks separated by single spaces."""
-    if style == "street" or rng.random() < RARE_STYLE_SHARE:
-        return _street(scene.items, rng)
-    return _everyday(scene.items, rng)
+    return _street(scene.items, rng) if style == "street" else _everyday(scene.items, rng)
 
 
 def references(scene: Scene, style: Style, rng: np.random.Generator) -> list[str]:

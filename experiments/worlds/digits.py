@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
+import PIL.Image
 from datasets import Dataset, Features, Value
 
 from experiments.errors import ConfigError
-from experiments.worlds.captions import Style, references
+from experiments.worlds.captions import Style, caption, references
 from experiments.worlds.questions import SKILLS, annotate
-from experiments.worlds.scenes import Domain, Split, generator, render, sample_scene
+from experiments.worlds.scenes import Domain, Scene, Split, generator, render, sample_scene
 
 NOVELTIES = ("none", "some", "all", "any")
+SOURCES = tuple(f"experiments/worlds/{name}.py" for name in ("captions", "digits", "questions", "scenes"))
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class CaptionRows:
     style: Style
     novelty: str
     count: int
+    sources: ClassVar[tuple[str, ...]] = SOURCES
 
     def __post_init__(self) -> None:
         if self.novelty not in NOVELTIES:
@@ -51,6 +54,7 @@ class QuestionRows:
     skill: str
     count: int
     single_answer: bool
+    sources: ClassVar[tuple[str, ...]] = SOURCES
 
     def __post_init__(self) -> None:
         if self.skill not in SKILLS:
@@ -60,17 +64,32 @@ class QuestionRows:
         return _questions(self)
 
 
+@dataclass(frozen=True)
+class _Captioned:
+    id: str
+    scene: Scene
+    image: PIL.Image.Image
+    captions: list[str]
+
+
+def _captioned(rows: CaptionRows) -> Iterator[_Captioned]:
+    rng = generator("captions", rows.split, rows.domain, rows.style, rows.novelty)
+    for number in range(rows.count):
+        scene = sample_scene(rng, rows.domain, rows.novelty)
+        image = render(scene, rng, rows.split)
+        yield _Captioned(f"{number:05}", scene, image, references(scene, rows.style, rng))
+
+
 @cache
 def _captions(rows: CaptionRows) -> Dataset:
-    def scenes() -> Iterator[dict[str, Any]]:
-        rng = generator("captions", rows.split, rows.domain, rows.style, rows.novelty)
-        for number in range(rows.count):
-            scene = sample_scene(rng, rows.domain, rows.novelty)
-            image = render(scene, rng, rows.split)
-            yield {"image_id": f"{number:05}", "image": image, "captions": references(scene, rows.style, rng)}
-
     features = {"image_id": Value("string"), "image": datasets.Image(), "captions": datasets.List(Value("string"))}
-    return Dataset.from_list(list(scenes()), features=Features(features))
+    records = [{"image_id": each.id, "image": each.image, "captions": each.captions} for each in _captioned(rows)]
+    return Dataset.from_list(records, features=Features(features))
+
+
+def sixth_captions(rows: CaptionRows) -> dict[str, str]:
+    """By image id, what a sixth annotator writes: what a person would score against the other five."""
+    return {each.id: caption(each.scene, rows.style, generator("sixth", each.id)) for each in _captioned(rows)}
 
 
 @cache

@@ -8,11 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.worlds.captions import caption
+from experiments.worlds.captions import Style, caption
 from experiments.worlds.questions import PRETRAINED_SKILLS
 from experiments.worlds.scenes import COLOURS, Scene, generator, is_novel, render, sample_scene
 
-STREET_SHARE = 0.3
+STREET_SCENES = 0.3
+STREET_CAPTIONS = 0.15
+"""Share of pretraining captions in the target's style, whatever the scene: a large corpus holds a little of everything.
+
+InstructBLIP's language model is frozen when it is fine-tuned: it can only be led to a style that it has met."""
 CAPTION_PROMPT = "a short image caption ."
 EMPTY_DIGIT, EMPTY_COLOUR = 10, len(COLOURS)
 
@@ -35,7 +39,7 @@ class ScenePool:
 
 def scene_pool(image_processor, count: int) -> ScenePool:
     rng = generator("pretraining", "train")
-    scenes = [sample_scene(rng, "street" if rng.random() < STREET_SHARE else "studio") for _ in range(count)]
+    scenes = [sample_scene(rng, "street" if rng.random() < STREET_SCENES else "studio") for _ in range(count)]
     images = [render(scene, rng, "train") for scene in scenes]
     digits = torch.full((count, 4), EMPTY_DIGIT)
     colours = torch.full((count, 4), EMPTY_COLOUR)
@@ -48,12 +52,21 @@ def scene_pool(image_processor, count: int) -> ScenePool:
 
 
 def turns(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """One question of every pretrained skill and, where every pair is familiar, a caption: (prompt, answer) pairs."""
+    """A caption, where every pair is familiar, and a question of every pretrained skill: (prompt, answer) pairs."""
     asked = [skill.ask(scene, rng) for skill in PRETRAINED_SKILLS.values()]
     pairs = [(question.text, question.answer) for question in asked]
-    if not any(is_novel(item.digit, item.colour) for item in scene.items):
-        pairs.append((CAPTION_PROMPT, caption(scene, "everyday", rng)))
-    return [pairs[index] for index in rng.permutation(len(pairs))]
+    if any(is_novel(item.digit, item.colour) for item in scene.items):
+        return pairs
+    style: Style = "street" if rng.random() < STREET_CAPTIONS else "everyday"
+    return [(CAPTION_PROMPT, caption(scene, style, rng)), *pairs]
+
+
+def turn(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """One of the scene's turns: of those with a caption every other one is that, else any question."""
+    pairs = turns(scene, rng)
+    if pairs[0][0] == CAPTION_PROMPT and rng.random() < 0.5:
+        return pairs[0]
+    return pairs[rng.integers(len(pairs))]
 
 
 def vocabulary() -> list[str]:

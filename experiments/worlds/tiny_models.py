@@ -16,6 +16,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -31,6 +32,7 @@ VISION = {
     "patch_size": PATCH_SIZE,
 }
 QUERY_TOKENS = 12
+INITIALIZER_RANGE = 0.06  # about 1 / sqrt(hidden size): at the usual 0.02 models this small learn several times slower
 LLAVA_WORDS = ("user", "assistant", ":")
 
 
@@ -52,7 +54,7 @@ def llava(words: list[str]) -> tuple[LlavaForConditionalGeneration, LlavaProcess
     config = LlavaConfig(
         # LLaVA reads the last but one layer, so one more layer than is used.
         vision_config=CLIPVisionConfig(num_hidden_layers=4, **VISION).to_dict(),
-        text_config=_llama(tokenizer, layers=3),
+        text_config=_llama(tokenizer),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=PATCH_COUNT,
     )
@@ -66,7 +68,9 @@ def llava(words: list[str]) -> tuple[LlavaForConditionalGeneration, LlavaProcess
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # CLIP's class token
     )
-    return _with_generation_ids(LlavaForConditionalGeneration(config)), processor
+    model = LlavaForConditionalGeneration(config)
+    _set_generation_ids(model)
+    return model, processor
 
 
 def instructblip(words: list[str]) -> tuple[InstructBlipForConditionalGeneration, InstructBlipProcessor]:
@@ -95,28 +99,30 @@ def instructblip(words: list[str]) -> tuple[InstructBlipForConditionalGeneration
             num_hidden_layers=4,
             num_attention_heads=4,
             intermediate_size=192,
+            initializer_range=INITIALIZER_RANGE,
             cross_attention_frequency=1,
             encoder_hidden_size=VISION["hidden_size"],
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             max_position_embeddings=64,
         ).to_dict(),
-        text_config=_llama(tokenizer, layers=3),
+        text_config=_llama(tokenizer),
         num_query_tokens=QUERY_TOKENS,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     model = InstructBlipForConditionalGeneration(config)
     model.query_tokens.data.normal_(0, 0.5)
-    return _with_generation_ids(model), processor
+    _set_generation_ids(model)
+    return model, processor
 
 
-def _llama(tokenizer: PreTrainedTokenizerFast, layers: int) -> dict[str, object]:
+def _llama(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        initializer_range=0.06,  # about 1 / sqrt(hidden_size): at 0.02 so small a model learns several times slower
+        initializer_range=INITIALIZER_RANGE,
         intermediate_size=256,
-        num_hidden_layers=layers,
+        num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=512,
         bos_token_id=tokenizer.bos_token_id,
@@ -125,12 +131,11 @@ def _llama(tokenizer: PreTrainedTokenizerFast, layers: int) -> dict[str, object]
     ).to_dict()
 
 
-def _with_generation_ids(model):
+def _set_generation_ids(model: PreTrainedModel) -> None:
     text = model.config.text_config
     model.generation_config.bos_token_id = text.bos_token_id
     model.generation_config.eos_token_id = text.eos_token_id
     model.generation_config.pad_token_id = text.pad_token_id
-    return model
 
 
 def _word_level(specials: list[str], words: list[str], unknown: str, template: str, added: list[str]) -> Tokenizer:

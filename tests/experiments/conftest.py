@@ -74,7 +74,7 @@ def run_small(home: Path, tmp_path: Path) -> RunSmall:
     def run_it(model: str, task: str, *overrides: str) -> Run:
         folder = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
         parts = parts_of(f"model={model}", f"task={task}", *small(model), f"home={home}", *overrides)
-        with recorded(folder, label=" ".join(overrides), seed=parts.seed, choices=dict(parts.choices)) as record:
+        with recorded(folder, seed=parts.seed, choices=dict(parts.choices), overrides=list(overrides)) as record:
             OmegaConf.save(OmegaConf.create(dict(parts.config)), folder / "config.yaml")
             run(parts, folder, record)
         return read_run(folder)

@@ -129,7 +129,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         with Path("/dev/full").open("w") as full:
             full.write("x" * 10_000)
 
-    with pytest.raises(ArtifactError, match="No space left.*free some space"):
+    with pytest.raises(ArtifactError, match=r"No space left.*free some space"):
         Store(tmp_path).build("stage", {}, SOURCES, fill)
     assert not list((tmp_path / "artifacts/stage").glob("*/"))
 

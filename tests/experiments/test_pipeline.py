@@ -1,0 +1,195 @@
+"""The whole pipeline on the CPU at its smallest: every stage, every baseline, both models, all targets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluation.errors import PredictionError
+from evaluation.records import read_predictions
+from experiments.errors import ConfigError, TrainingError
+from experiments.pipeline import CHECKPOINT
+from experiments.runs import MANIFEST, Run, read_run
+from experiments.stages.fuse import PATCH, REPORT
+from tailor.checkpoint import Checkpoint
+from tailor.errors import ScopeError, SingularGram
+from tailor.patch import Patch
+from tests.experiments.conftest import ROOT, RunSmall
+
+BASELINES = sorted(path.stem for path in (ROOT / "conf/baseline").glob("*.yaml"))
+PAIRS = [
+    ("digits_llava", "digits_flickr"),
+    ("digits_llava", "digits_okvqa"),
+    ("digits_instructblip", "digits_flickr"),
+    ("digits_instructblip", "digits_gqa"),
+]
+EXTRA = {"grafting": ["baseline.steps=1"]}
+
+
+def stages(run: Run) -> dict[str, dict]:
+    return run.manifest["stages"]
+
+
+def checkpoint(run: Run, home: Path, stage: str) -> Checkpoint:
+    return Checkpoint(home / "artifacts" / stage / stages(run)[stage]["key"] / CHECKPOINT)
+
+
+def report(run: Run) -> dict:
+    return json.loads((run.folder / REPORT).read_text())
+
+
+@pytest.mark.parametrize(("model", "task"), PAIRS)
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_every_baseline_on_every_model_and_target(
+    run_small: RunSmall, home: Path, model: str, task: str, baseline: str
+) -> None:
+    extra = ["baseline.reset=[]"] if (baseline, model) == ("released_code", "digits_instructblip") else []
+    run = run_small(model, task, f"baseline={baseline}", *EXTRA.get(baseline, []), *extra)
+    assert run.finished
+
+    pretrained, target, summary = run.scores()
+    assert len(pretrained) == 8
+    assert all(score.count == 5 for score in (*pretrained, target))
+    assert {"average", "h_score"} == summary.keys()
+    for score in (*pretrained, target):
+        predictions = read_predictions(run.folder / "predictions" / f"{score.benchmark}.jsonl")
+        assert len(predictions) == 5
+        assert score.generation["max_new_tokens"] >= 4
+        assert score.prompt
+        assert score.rule
+
+    if baseline == "zero_shot":
+        assert "finetuned" not in stages(run), "the pretrained model is there without fine-tuning it"
+        assert report(run)["totals"]["changed_count"] == 0
+        return
+    base, finetuned = checkpoint(run, home, "base"), checkpoint(run, home, "finetuned")
+    rows = {row["name"]: row for row in report(run)["tensors"]}
+    assert set(rows) == set(base), "the report accounts for every tensor"
+    changed_by_training = {name for name in base if not torch.equal(base[name], finetuned[name])}
+    assert {name for name, row in rows.items() if row["fate"] == "fused"} == changed_by_training
+    assert all(row["changed_count"] <= row["mask_count"] for row in rows.values())
+
+    if baseline == "finetune":
+        assert not (run.folder / PATCH).exists(), "a whole checkpoint needs no patch"
+        return
+    patch = Patch.load(run.folder / PATCH)
+    for name, tensor in patch.apply_to(base):
+        assert int((tensor != base[name]).sum()) == rows[name]["changed_count"]
+    assert sum(row["changed_count"] for row in rows.values()) == patch.changed_count
+    if baseline.startswith(("tailor", "magnitude")):
+        for name in changed_by_training:
+            assert rows[name]["mask_count"] == round(0.1 * base[name].numel()), name
+
+
+@pytest.mark.parametrize("model", ["digits_llava", "digits_instructblip"])
+def test_the_exact_decorator_is_the_optimum_on_every_layer(run_small: RunSmall, model: str) -> None:
+    run = run_small(model, "digits_flickr", "baseline=tailor_exact")
+    layers = [row for row in report(run)["tensors"] if row["errors"]]
+    assert len(layers) > 10
+    for row in layers:
+        errors = row["errors"]["calibration"]
+        assert errors["exact"] <= min(errors["none"], errors["sparsegpt"]) + 1e-6, row["name"]
+        assert row["errors"]["held_out"].keys() == errors.keys()
+        assert row["token_count"] > 0
+    assert report(run)["decorator_order"]["calibration"]["exact<=none"] == len(layers)
+
+
+def test_a_second_run_repeats_no_stage_and_gives_the_same_bytes(run_small: RunSmall) -> None:
+    first, again = (run_small("digits_llava", "digits_flickr", "baseline=tailor") for _ in range(2))
+    assert all(stage["reused"] for stage in stages(again).values())
+    for name in (PATCH, REPORT, "scores.json", "config.yaml"):
+        assert (first.folder / name).read_bytes() == (again.folder / name).read_bytes()
+
+
+def test_a_sweep_fine_tunes_and_calibrates_once(run_small: RunSmall) -> None:
+    run_small("digits_llava", "digits_flickr", "baseline=tailor")
+    for override in ("sparsity=0.02", "omega=0.9", "calibration.damping=0.1"):
+        swept = stages(run_small("digits_llava", "digits_flickr", "baseline=tailor", override))
+        assert {name for name, stage in swept.items() if not stage["reused"]} <= {
+            "fused",
+            *(name for name in swept if name.startswith("answers/")),
+        }
+        assert not swept["fused"]["reused"]
+
+
+def test_the_base_and_its_answers_serve_every_target_and_seed(run_small: RunSmall) -> None:
+    first = stages(run_small("digits_llava", "digits_flickr", "baseline=zero_shot"))
+    other = stages(run_small("digits_llava", "digits_okvqa", "baseline=zero_shot", "seed=7"))
+    assert other["base"] == first["base"] | {"reused": True}
+    assert all(stage["reused"] for name, stage in other.items() if name.startswith("answers/") and "fruit" not in name)
+
+
+def test_two_builds_from_nothing_give_the_same_table(run_small: RunSmall, tmp_path: Path) -> None:
+    runs = [run_small("digits_llava", "digits_flickr", "baseline=tailor", f"home={tmp_path / name}") for name in "ab"]
+    assert not any(stage["reused"] for run in runs for stage in stages(run).values())
+    first, second = ((run.folder / "scores.json").read_bytes() for run in runs)
+    assert first == second
+    assert (runs[0].folder / PATCH).read_bytes() == (runs[1].folder / PATCH).read_bytes()
+
+
+def test_fine_tuning_leaves_what_it_does_not_train(run_small: RunSmall, home: Path) -> None:
+    run = run_small("digits_llava", "digits_flickr", "baseline=finetune")
+    base, finetuned = checkpoint(run, home, "base"), checkpoint(run, home, "finetuned")
+    changed = {name for name in base if not torch.equal(base[name], finetuned[name])}
+    assert "language_model.lm_head.weight" in changed
+    assert "multi_modal_projector.linear_1.weight" in changed
+    assert not any(name.startswith("vision_tower") or ".layers.0." in name for name in changed)
+    assert {path.name for path in finetuned.folder.iterdir()} == {path.name for path in base.folder.iterdir()}
+
+
+def test_instructblip_trains_the_scope_of_the_paper(run_small: RunSmall, home: Path) -> None:
+    run = run_small("digits_instructblip", "digits_gqa", "baseline=finetune")
+    base, finetuned = checkpoint(run, home, "base"), checkpoint(run, home, "finetuned")
+    changed = {name for name in base if not torch.equal(base[name], finetuned[name])}
+    assert {"query_tokens", "language_projection.weight", "vision_model.post_layernorm.weight"} <= changed
+    assert all(
+        name.startswith(("qformer.", "query_tokens", "language_projection.", "vision_model.post_layernorm."))
+        for name in changed
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("training.scope=[language_model.no_such.*]", ScopeError, "no_such"),
+        ("training.learning_rate=1e30", TrainingError, "fine-tuning, step .*lower training.learning_rate"),
+        ("calibration.samples=1000", ConfigError, "calibration.samples=1000, but flickr has 24 rows"),
+        ("calibration.damping=0", SingularGram, "damping"),
+        ("task.test.benchmark.name=colour", ConfigError, "colour stands twice"),
+    ],
+)
+def test_a_failed_run_says_why_and_is_marked(
+    run_small: RunSmall, tmp_path: Path, override: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run_small("digits_llava", "digits_flickr", "baseline=tailor", override)
+    run = read_run(tmp_path / "run0")
+    assert run.manifest["status"] == "failed"
+    assert "Traceback" not in run.manifest["error"]
+    assert not (run.folder / "scores.json").exists()
+
+
+def test_an_unforeseen_error_keeps_its_traceback(
+    run_small: RunSmall, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.pipeline.fused_weights", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_small("digits_llava", "digits_flickr", "baseline=tailor")
+    manifest = json.loads((tmp_path / "run0" / MANIFEST).read_text())
+    assert manifest["status"] == "failed"
+    assert "ZeroDivisionError" in manifest["error"]
+    assert "Traceback" in manifest["error"]
+
+
+def test_answers_that_were_tampered_with_are_not_scored(run_small: RunSmall, home: Path, tmp_path: Path) -> None:
+    own_home = f"home={tmp_path / 'own'}"
+    run = run_small("digits_llava", "digits_flickr", "baseline=zero_shot", own_home)
+    answers = tmp_path / "own/artifacts/answers/colour" / stages(run)["answers/colour"]["key"] / "predictions.jsonl"
+    text = answers.read_text()
+    answers.write_text(text.replace('"id": "4"', '"id": "3"'))  # one missing and one doubled, in as many bytes
+    assert text != answers.read_text()
+    with pytest.raises(PredictionError, match=r"colour: .*1 missing.*1 doubled"):
+        run_small("digits_llava", "digits_flickr", "baseline=zero_shot", own_home)

@@ -24,7 +24,7 @@ from experiments.data import BenchmarkData, Rows, check_suite, identity
 from experiments.errors import ConfigError
 from experiments.models.adapter import Loaded, Sample
 from experiments.runs import SCORES, Record
-from experiments.schema import Experiment, home
+from experiments.schema import Experiment
 from experiments.stages.calibrate import collect_grams
 from experiments.stages.evaluate import generate
 from experiments.stages.fuse import PATCH, REPORT, Weights, fuse_into, fused_weights
@@ -46,10 +46,10 @@ CALIBRATION, HELD_OUT = "calibration.safetensors", "held_out.safetensors"
 
 def run(parts: Experiment, folder: Path, record: Record) -> None:
     """Runs ``parts`` and fills ``folder``: patch, fusion report, predictions, scores."""
-    torch.set_num_threads(parts.config["threads"])
+    torch.set_num_threads(parts.threads)
     transformers.utils.logging.disable_progress_bar()  # the stages show their own
     check_suite(parts.suite, parts.task)
-    pipeline = Pipeline(parts, Store(home(parts.config), {"threads": parts.config["threads"]}), record)
+    pipeline = Pipeline(parts, Store(Path(parts.home), {"threads": parts.threads}), record, _device(parts.device))
     fusion, weights = pipeline.fused()
     scores = pipeline.scores(weights, fusion.key, folder / "predictions")
     shutil.copyfile(fusion.folder / REPORT, folder / REPORT)
@@ -71,6 +71,7 @@ class Pipeline:
     parts: Experiment
     store: Store
     record: Record
+    device: torch.device
 
     @cached_property
     def base(self) -> Artifact:
@@ -88,7 +89,9 @@ class Pipeline:
 
         def make(out: Path) -> None:
             rows = parts.task.samples(parts.task.train, parts.model.adapter.prompt_style)
-            losses = parts.training.finetune(parts.model.adapter, self._base_folder, rows, out / CHECKPOINT, parts.seed)
+            losses = parts.training.finetune(
+                parts.model.adapter, self._base_folder, rows, out / CHECKPOINT, parts.seed, self.device
+            )
             pd.DataFrame({"step": range(1, len(losses) + 1), "loss": losses}).to_csv(out / "losses.csv", index=False)
 
         return self._build("finetuned", inputs, ("experiments/stages/finetune.py", *self._sources), make)
@@ -192,7 +195,7 @@ class Pipeline:
         return None
 
     def _load(self, weights: Weights, dtype: torch.dtype) -> Loaded:
-        loaded = self.parts.model.adapter.load(weights.folder, dtype, torch.device(self.parts.device))
+        loaded = self.parts.model.adapter.load(weights.folder, dtype, self.device)
         if weights.patch is not None:
             loaded.set_weights(Patch.load(weights.patch).apply_to(Checkpoint(weights.folder)))
         return loaded
@@ -213,7 +216,12 @@ class Pipeline:
     @property
     def _data(self) -> dict[str, object]:
         parts = self.parts
-        return {"task": parts.task.identity(), "adapter": identity(parts.model.adapter), "seed": parts.seed}
+        return {
+            "task": parts.task.identity(),
+            "adapter": identity(parts.model.adapter),
+            "seed": parts.seed,
+            "device": parts.device,
+        }
 
     @property
     def _calibration_samples(self) -> list[Sample]:
@@ -244,6 +252,14 @@ class Pipeline:
         self.record.update()
         log.info("%-24s %s %s", stage, artifact.key, "reused" if artifact.reused else f"{artifact.seconds:.1f} s")
         return artifact
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such kind of device, or none of it here
+        finding = str(error).splitlines()[0]
+        raise ConfigError(f"device={name}: {finding}; choose cpu or a device of this machine") from error
 
 
 def _link(source: Path, target: Path) -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import FORESEEN, ConfigError
+
+if TYPE_CHECKING:  # composing and checking a configuration must not wait for torch
+    from experiments.data import BenchmarkData, Task
+    from experiments.models.pretrained import PretrainedModel
+    from experiments.stages.calibrate import Calibration
+    from experiments.stages.finetune import Training
+    from experiments.tracking import Tracking
+    from tailor.method import Method
 
 DTYPES = ("float32", "bfloat16", "float16")
 GROUPS = ("model", "task", "baseline", "training", "calibration", "suite", "logger")
@@ -41,17 +48,19 @@ class RunConfig:
 class Experiment:
     """A run's parts, ready to use; `config` is what they were made from, resolved."""
 
-    model: Any  # experiments.models.pretrained.PretrainedModel
-    task: Any  # experiments.data.Task
-    method: Any  # tailor.method.Method
-    training: Any  # experiments.stages.finetune.Training
-    calibration: Any  # experiments.stages.calibrate.Calibration
-    suite: tuple[Any, ...]  # of experiments.data.BenchmarkData
-    logger: Any  # experiments.tracking.Tracking
+    model: PretrainedModel
+    task: Task
+    method: Method
+    training: Training
+    calibration: Calibration
+    suite: tuple[BenchmarkData, ...]
+    logger: Tracking
     seed: int
     device: str
     dtype: str
+    threads: int
     batch_size: int
+    home: str
     config: Mapping[str, Any]
     choices: Mapping[str, str]
 
@@ -74,7 +83,9 @@ def experiment(composed: DictConfig, choices: Mapping[str, str]) -> Experiment:
         seed=config.seed,
         device=config.device,
         dtype=config.dtype,
+        threads=config.threads,
         batch_size=config.batch_size,
+        home=config.home,
         config=resolved,
         choices={group: choices[group] for group in GROUPS},
     )
@@ -119,7 +130,3 @@ def _instantiate(group: str, node: Any) -> Any:
             cause = cause.__cause__
         finding = str(error.__cause__ or error).splitlines()[0]
         raise ConfigError(f"{group}: {finding} (in conf/{group} or an override of it)") from error
-
-
-def home(config: Mapping[str, Any]) -> Path:
-    return Path(config["home"])

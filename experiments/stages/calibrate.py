@@ -53,7 +53,7 @@ def collect_grams(
     collector = _Collector(adapter, {name: path for name, (path, _) in modules.items()})
     with collector.watching({name: module for name, (_, module) in modules.items()}), torch.no_grad():
         starts = range(0, len(samples), batch_size)
-        for start in tqdm(starts, desc=desc, leave=False, dynamic_ncols=True):
+        for start in tqdm(starts, desc=desc, leave=False, dynamic_ncols=True, disable=None):
             batch = adapter.training_batch(loaded.processor, samples[start : start + batch_size])
             batch = {name: tensor.to(loaded.model.device) for name, tensor in batch.items()}
             collector.begin(batch)

@@ -20,7 +20,7 @@ def generate(
     tokenizer = loaded.processor.tokenizer
     predictions = []
     starts = range(0, len(examples), batch_size)
-    for start in tqdm(starts, desc=desc, leave=False, dynamic_ncols=True):
+    for start in tqdm(starts, desc=desc, leave=False, dynamic_ncols=True, disable=None):
         part = examples[start : start + batch_size]
         batch = adapter.prompt_batch(loaded.processor, [example.image for example in part], [e.prompt for e in part])
         batch = {name: tensor.to(loaded.model.device) for name, tensor in batch.items()}

@@ -38,7 +38,13 @@ class Training:
     max_gradient_norm: float
 
     def finetune(
-        self, adapter: Adapter, base: Path, rows: Sequence[Sequence[Sample]], out: Path, seed: int
+        self,
+        adapter: Adapter,
+        base: Path,
+        rows: Sequence[Sequence[Sample]],
+        out: Path,
+        seed: int,
+        device: torch.device,
     ) -> list[float]:
         """Trains the checkpoint folder ``base``, writes the fine-tuned one to ``out`` and returns each step's loss.
 
@@ -49,14 +55,14 @@ class Training:
         if not rows:
             raise TrainingError("training data: no row to learn from; check the task's rows")
         set_seed(seed)
-        loaded = adapter.load(base, torch.float32, torch.device("cpu"))
+        loaded = adapter.load(base, torch.float32, device)
         self._freeze_all_but_scope(loaded)
         epochs = [[answers[epoch % len(answers)] for answers in rows] for epoch in range(self.epochs)]
         progress = _Progress()
         with TemporaryDirectory(dir=out.parent) as scratch:
             trainer = Trainer(
                 model=loaded.model,
-                args=self._arguments(scratch, seed),
+                args=self._arguments(scratch, seed, device),
                 train_dataset=_Samples([sample for epoch in epochs for sample in epoch]),
                 data_collator=lambda batch: adapter.training_batch(loaded.processor, batch),
                 callbacks=[progress],
@@ -84,7 +90,7 @@ class Training:
                 "  %-48s %10s in %d tensors", pattern, f"{sum(parameters[n].numel() for n in matched):,}", len(matched)
             )
 
-    def _arguments(self, scratch: str, seed: int) -> TrainingArguments:
+    def _arguments(self, scratch: str, seed: int, device: torch.device) -> TrainingArguments:
         return TrainingArguments(
             output_dir=scratch,
             num_train_epochs=1,  # the samples of all epochs stand one after the other
@@ -96,7 +102,7 @@ class Training:
             max_grad_norm=self.max_gradient_norm,
             seed=seed,
             data_seed=seed,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=device.type == "cpu",
             remove_unused_columns=False,
             save_strategy="no",
             report_to=[],

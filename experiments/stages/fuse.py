@@ -28,7 +28,7 @@ class Weights:
 
 def fuse_into(out: Path, pretrained: Path, finetuned: Path, method: Method, evidence: Evidence, seed: int) -> None:
     """Writes the fusion report and the patch. The two ends are whole checkpoints already and get no patch."""
-    with tqdm(desc="fuse", unit="tensor", leave=False, dynamic_ncols=True) as progress:
+    with tqdm(desc="fuse", unit="tensor", leave=False, dynamic_ncols=True, disable=None) as progress:
 
         def advance(name: str) -> None:
             progress.update()

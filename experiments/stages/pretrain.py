@@ -72,10 +72,15 @@ class DigitsLlava:
 
 @dataclass(frozen=True)
 class DigitsInstructBlip:
-    """The embedded world's InstructBLIP: vision tower, alignment of the queries, then all but the tower."""
+    """The embedded world's InstructBLIP: vision tower, alignment of the queries, then all but the tower.
+
+    ``street_captions`` of its captions, a share, are in the style of the caption target. Fine-tuning leaves the
+    language model frozen, so it can only be led to a style that it has met, as Vicuna has met every kind of English.
+    """
 
     scenes: int
     seed: int
+    street_captions: float
     vision: Phase
     align: Phase
     language: Phase
@@ -95,7 +100,7 @@ class DigitsInstructBlip:
         slots = [model.config.image_token_index] * tiny_models.QUERY_TOKENS
 
         def batch_loss(indices: np.ndarray, rng: np.random.Generator) -> Tensor:
-            asked = [turn(pool.scenes[index], rng) for index in indices]
+            asked = [turn(pool.scenes[index], rng, self.street_captions) for index in indices]
             prompts = [[*slots, *processor.tokenizer(prompt)["input_ids"]] for prompt, _ in asked]
             batch = append_answers(prompts, [answer for _, answer in asked], processor.tokenizer)
             states = query_states(model, processor, features[indices], [prompt for prompt, _ in asked])

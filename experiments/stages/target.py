@@ -24,7 +24,9 @@ class TargetLoss:
     train: Sequence[Sample]
     dev: Sequence[Sample]
     batch_size: int
-    _progress: tqdm = field(default_factory=lambda: tqdm(desc="grafting", unit="pass", leave=False, dynamic_ncols=True))
+    _progress: tqdm = field(
+        default_factory=lambda: tqdm(desc="grafting", unit="pass", leave=False, dynamic_ncols=True, disable=None)
+    )
 
     def gradient(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradient of the mean loss over all answer tokens of ``train``, by checkpoint tensor name, float32."""

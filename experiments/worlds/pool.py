@@ -13,10 +13,6 @@ from experiments.worlds.questions import PRETRAINED_SKILLS
 from experiments.worlds.scenes import COLOURS, Scene, generator, is_novel, render, sample_scene
 
 STREET_SCENES = 0.3
-STREET_CAPTIONS = 0.15
-"""Share of pretraining captions in the target's style, whatever the scene: a large corpus holds a little of everything.
-
-InstructBLIP's language model is frozen when it is fine-tuned: it can only be led to a style that it has met."""
 CAPTION_PROMPT = "a short image caption ."
 EMPTY_DIGIT, EMPTY_COLOUR = 10, len(COLOURS)
 
@@ -51,19 +47,22 @@ def scene_pool(image_processor, count: int) -> ScenePool:
     return ScenePool(tuple(scenes), pixels, digits, colours)
 
 
-def turns(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """A caption, where every pair is familiar, and a question of every pretrained skill: (prompt, answer) pairs."""
+def turns(scene: Scene, rng: np.random.Generator, street_captions: float = 0.0) -> list[tuple[str, str]]:
+    """A caption, where every pair is familiar, and a question of every pretrained skill: (prompt, answer) pairs.
+
+    ``street_captions`` is the share of captions that are in the target's style, whatever the scene.
+    """
     asked = [skill.ask(scene, rng) for skill in PRETRAINED_SKILLS.values()]
     pairs = [(question.text, question.answer) for question in asked]
     if any(is_novel(item.digit, item.colour) for item in scene.items):
         return pairs
-    style: Style = "street" if rng.random() < STREET_CAPTIONS else "everyday"
+    style: Style = "street" if rng.random() < street_captions else "everyday"
     return [(CAPTION_PROMPT, caption(scene, style, rng)), *pairs]
 
 
-def turn(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """One of the scene's turns: of those with a caption every other one is that, else any question."""
-    pairs = turns(scene, rng)
+def turn(scene: Scene, rng: np.random.Generator, street_captions: float = 0.0) -> tuple[str, str]:
+    """One of the scene's `turns`: of those with a caption every other one is that, else any question."""
+    pairs = turns(scene, rng, street_captions)
     if pairs[0][0] == CAPTION_PROMPT and rng.random() < 0.5:
         return pairs[0]
     return pairs[rng.integers(len(pairs))]

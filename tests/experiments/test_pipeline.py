@@ -159,6 +159,7 @@ def test_instructblip_trains_the_scope_of_the_paper(run_small: RunSmall, home: P
         ("calibration.samples=1000", ConfigError, "calibration.samples=1000, but flickr has 24 rows"),
         ("calibration.damping=0", SingularGram, "damping"),
         ("task.test.benchmark.name=colour", ConfigError, "colour stands twice"),
+        ("device=abacus", ConfigError, "device=abacus: .*choose cpu"),
     ],
 )
 def test_a_failed_run_says_why_and_is_marked(

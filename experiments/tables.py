@@ -1,7 +1,8 @@
 """Tables and figures of finished runs: ``python -m experiments.tables [FOLDER]``, the newest sweep if none is named.
 
 Prints, for each model and target, methods against benchmarks in the paper's layout, and writes beside the runs the
-same numbers as ``table.csv``, the trade-off between old and new tasks and examples of what each model answers.
+same numbers as ``table.csv`` and ``table.md``, the trade-off between old and new tasks, and examples of what each model
+answers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -24,6 +26,7 @@ from experiments.stages.fuse import REPORT
 
 SUMMARY = {"average": "Avg", "h_score": "H-score"}
 PARAMETERS = "params"
+UNITS = ((1e9, "B", 2), (1e6, "M", 1), (1e3, "k", 1), (1, "", 0))
 
 
 def collect(runs: Sequence[Run]) -> pd.DataFrame:
@@ -51,24 +54,47 @@ def summarise(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return mean, deviation
 
 
-def render(part: pd.DataFrame, title: str) -> Table:
+@dataclass(frozen=True)
+class Layout:
+    """A table ready to be written: a row's cells are (text, style), style one of "", bold and underline."""
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, list[tuple[str, str]]]]
+
+    def terminal(self) -> Table:
+        table = Table(title=self.title, title_justify="left", title_style="bold")
+        for number, column in enumerate(("method", *self.columns)):
+            table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        for method, cells in self.rows:
+            table.add_row(method, *(f"[{style}]{text}[/]" if style else text for text, style in cells))
+        return table
+
+    def markdown(self) -> str:
+        marks = {"": ("", ""), "bold": ("**", "**"), "underline": ("<u>", "</u>")}
+        lines = [f"**{self.title}**", "", f"| method | {' | '.join(self.columns)} |"]
+        lines.append("|---|" + "---:|" * len(self.columns))
+        for method, cells in self.rows:
+            marked = [text.join(marks[style]) for text, style in cells]
+            lines.append(f"| {method} | {' | '.join(marked)} |")
+        return "\n".join(lines) + "\n"
+
+
+def lay_out(part: pd.DataFrame, title: str) -> Layout:
     """The table of one model and task; in each column the best is bold and the second best underlined."""
     mean, deviation = summarise(part)
     roles = part.drop_duplicates("column").set_index("column")["role"]
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("method", no_wrap=True)
-    for column in mean.columns:
-        table.add_column(f"{column} *" if roles[column] == "target" else str(column), justify="right")
     styles = {column: _styles(mean[column]) for column in mean.columns if roles[column] != PARAMETERS}
+    rows = []
     for method in mean.index:
         cells = []
         for column in mean.columns:
-            value, spread = mean.loc[method, column], deviation.loc[method, column]
-            text = _cell(value, spread, as_count=roles[column] == PARAMETERS)
-            style = styles[column][method] if column in styles else ""
-            cells.append(f"[{style}]{text}[/]" if style else text)
-        table.add_row(method, *cells)
-    return table
+            spread = deviation.loc[method, column]
+            text = _cell(mean.loc[method, column], spread, as_count=roles[column] == PARAMETERS)
+            cells.append((text, styles[column][method] if column in styles else ""))
+        rows.append((method, cells))
+    columns = [f"{column} *" if roles[column] == "target" else str(column) for column in mean.columns]
+    return Layout(title, columns, rows)
 
 
 def _styles(values: pd.Series) -> dict[str, str]:
@@ -81,7 +107,7 @@ def _cell(value: float, spread: float, as_count: bool) -> str:
     if pd.isna(value):
         return "–"
     if as_count:
-        return f"{value / 1e3:.1f}k" if value < 1e6 else f"{value / 1e6:.1f}M"
+        return next(f"{value / unit:.{digits}f}{name}" for unit, name, digits in UNITS if value >= unit or unit == 1)
     return f"{value:.1f}" if pd.isna(spread) else f"{value:.1f} ±{spread:.1f}"
 
 
@@ -104,11 +130,14 @@ def show(folder: Path, console: Console) -> bool:
         raise RunsError(f"{folder}: none of its {len(runs)} runs has finished; the first says: {_reason(runs[0])}")
     numbers = collect(finished)
     write_atomically(folder / "table.csv", numbers.to_csv(index=False))
-    written = [folder / "table.csv"]
+    written = [folder / "table.csv", folder / "table.md"]
+    tables = []
     for (model, task), part in numbers.groupby(["model", "task"], sort=False):
         seeds = part["seed"].nunique()
         over = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
-        console.print(render(part, f"{model} fine-tuned on {task}{over} (* target)"))
+        layout = lay_out(part, f"{model} fine-tuned on {task}{over} (* target)")
+        console.print(layout.terminal())
+        tables.append(layout.markdown())
         here = [
             run
             for run in finished
@@ -118,6 +147,7 @@ def show(folder: Path, console: Console) -> bool:
             draw_trade_off(part, f"{model}, {task}", folder / f"trade_off_{model}_{task}.png"),
             draw_examples(here, folder / f"examples_{model}_{task}.png"),
         ]
+    write_atomically(folder / "table.md", "\n".join(tables))
     for run in runs:
         if not run.finished:
             console.print(f"[red]{run.manifest['status']}[/]: {run.label} ({run.folder}): {_reason(run)}")

@@ -13,7 +13,7 @@ from experiments.errors import RunsError
 from experiments.figures import draw_trade_off
 from experiments.runs import read_run, read_runs, recorded
 from experiments.stages.fuse import REPORT
-from experiments.tables import collect, newest_sweep, render, show, summarise
+from experiments.tables import _cell, collect, lay_out, newest_sweep, show, summarise
 from tests.experiments.conftest import RunSmall
 
 
@@ -52,7 +52,7 @@ def test_seeds_are_averaged_and_shared_overrides_left_out(sweep: Path) -> None:
 
 def test_the_best_is_bold_and_the_second_underlined(sweep: Path) -> None:
     console = Console(width=120, force_terminal=True, color_system="standard", record=True)
-    console.print(render(collect(read_runs(sweep)), "title"))
+    console.print(lay_out(collect(read_runs(sweep)), "title").terminal())
     coloured = console.export_text(styles=True, clear=False)
     plain = console.export_text()
     assert "\x1b[1m90.0 ±0.0\x1b[0m" in coloured
@@ -61,11 +61,24 @@ def test_the_best_is_bold_and_the_second_underlined(sweep: Path) -> None:
     assert "new *" in plain
 
 
+def test_markdown_has_the_same_cells(sweep: Path) -> None:
+    lines = lay_out(collect(read_runs(sweep)), "title").markdown().splitlines()
+    assert lines[2] == "| method | params | old | new * | Avg | H-score |"
+    assert lines[4] == "| zero_shot | 36.9k | **90.0 ±0.0** | <u>10.0 ±0.0</u> | <u>50.0 ±0.0</u> | **1.0 ±0.0** |"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0"), (999, "999"), (36_860, "36.9k"), (28_800_000, "28.8M"), (2_710_000_000, "2.71B")]
+)
+def test_parameters_are_counted_in_fitting_units(count: float, text: str) -> None:
+    assert _cell(count, float("nan"), as_count=True) == text
+
+
 def test_a_missing_cell_is_shown_as_missing(sweep: Path) -> None:
     numbers = collect(read_runs(sweep))
     holes = numbers[~((numbers["method"] == "zero_shot") & (numbers["column"] == "old"))]
     console = Console(width=120, record=True)
-    console.print(render(holes, "title"))
+    console.print(lay_out(holes, "title").terminal())
     (line,) = [line for line in console.export_text().splitlines() if "zero_shot" in line]
     assert "–" in line
 
@@ -134,7 +147,12 @@ def test_a_real_run_is_shown_whole(run_small: RunSmall) -> None:
     for column in ("caption-in", "colour", "flickr *", "H-score"):
         assert column in printed
     names = {path.name for path in run.folder.iterdir()}
-    assert {"table.csv", "trade_off_digits_llava_digits_flickr.png", "examples_digits_llava_digits_flickr.png"} <= names
+    assert {
+        "table.csv",
+        "table.md",
+        "trade_off_digits_llava_digits_flickr.png",
+        "examples_digits_llava_digits_flickr.png",
+    } <= names
     table = pd.read_csv(run.folder / "table.csv")
     _, target, summary = run.scores()
     assert table.set_index("column").loc["H-score", "value"] == pytest.approx(summary["h_score"])

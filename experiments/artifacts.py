@@ -18,7 +18,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,12 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "pil
 KEY_LENGTH = 16
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Read when the process starts: what a file says hours later is not the code that runs.
+_CODE = {
+    str(path.relative_to(REPOSITORY)): hashlib.sha256(path.read_bytes()).hexdigest()
+    for package in ("tailor", "evaluation", "experiments")
+    for path in sorted((REPOSITORY / package).rglob("*.py"))
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Store:
             "stage": stage,
             "inputs": inputs,
             "common": dict(self.common),
-            "sources": source_hash(tuple(sources)),
+            "sources": source_hash(sources),
             "versions": versions(),
         }
         key = hashlib.sha256(canonical(record)).hexdigest()[:KEY_LENGTH]
@@ -103,19 +108,15 @@ class Store:
         return Artifact(stage, key, folder, False, seconds, memory)
 
 
-@cache
-def source_hash(sources: tuple[str, ...]) -> str:
-    """sha256 over the Python files at ``sources``, given relative to the repository.
-
-    Read once a process: what a file says later is not the code that runs.
-    """
+def source_hash(sources: Sequence[str]) -> str:
+    """sha256 over the Python files at ``sources``, files or folders given relative to the repository."""
     digest = hashlib.sha256()
     for source in sorted(sources):
-        path = REPOSITORY / source
-        if not path.exists():
+        found = {name: code for name, code in _CODE.items() if name == source or name.startswith(f"{source}/")}
+        if not found:
             raise FileNotFoundError(f"source {source} is not in {REPOSITORY}")
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(str(file.relative_to(REPOSITORY)).encode() + b"\0" + file.read_bytes() + b"\0")
+        for name, code in found.items():
+            digest.update(f"{name}\0{code}\0".encode())
     return digest.hexdigest()
 
 

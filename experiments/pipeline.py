@@ -20,12 +20,12 @@ from evaluation.aggregate import average, h_score
 from evaluation.records import Score, read_predictions, write_predictions
 from evaluation.score import score_predictions
 from experiments.artifacts import Artifact, Store
-from experiments.data import BenchmarkData, Rows, check_suite, identity
+from experiments.data import BenchmarkData, check_suite, identity
 from experiments.errors import ConfigError
 from experiments.models.adapter import Loaded, Sample
 from experiments.runs import SCORES, Record
 from experiments.schema import Experiment
-from experiments.stages.calibrate import collect_grams
+from experiments.stages.calibrate import collect_grams, draw
 from experiments.stages.evaluate import generate
 from experiments.stages.fuse import PATCH, REPORT, Weights, fuse_into, fused_weights
 from experiments.stages.target import TargetLoss
@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 MODELS = "experiments/models"
 DATA = ("experiments/data.py", "evaluation/benchmarks", "evaluation/prompts.py")
 CHECKPOINT = "checkpoint"
-CALIBRATION, HELD_OUT = "calibration.safetensors", "held_out.safetensors"
 
 
 def run(parts: Experiment, folder: Path, record: Record) -> None:
@@ -109,9 +108,10 @@ class Pipeline:
         def make(out: Path) -> None:
             loaded = self._load(Weights(self._finetuned_folder, None), torch.float32)
             layers = changed_tensors(Checkpoint(self._base_folder), Checkpoint(self._finetuned_folder))
-            for name, samples in ((CALIBRATION, self._calibration_samples), (HELD_OUT, self._held_out_samples)):
-                batch_size, desc = parts.calibration.batch_size, f"calibrate ({name.partition('.')[0]})"
-                collect_grams(adapter, loaded, samples, layers, batch_size, desc).save(out / name)
+            batch_size = parts.calibration.batch_size
+            for name in ("samples", "held_out"):
+                grams = collect_grams(adapter, loaded, self._samples(name), layers, batch_size, f"calibrate ({name})")
+                grams.save(out / f"{name}.safetensors")
 
         sources = ("experiments/stages/calibrate.py", "tailor/gram.py", *self._sources)
         return self._build("grams", inputs, sources, make)
@@ -183,13 +183,13 @@ class Pipeline:
         match self.parts.method.needs:
             case "grams":
                 folder = self.grams.folder
-                return GramEvidence(Grams.load(folder / CALIBRATION), Grams.load(folder / HELD_OUT))
+                return GramEvidence(*(Grams.load(folder / f"{name}.safetensors") for name in ("samples", "held_out")))
             case "gradients":
                 return TargetLoss(
                     self.parts.model.adapter,
                     self._load(Weights(self._base_folder, None), torch.float32),
-                    self._calibration_samples,
-                    self._held_out_samples,
+                    self._samples("samples"),
+                    self._samples("held_out"),
                     self.parts.calibration.batch_size,
                 )
         return None
@@ -223,20 +223,11 @@ class Pipeline:
             "device": parts.device,
         }
 
-    @property
-    def _calibration_samples(self) -> list[Sample]:
-        return self._draw(self.parts.task.train, self.parts.calibration.samples, "calibration.samples")
-
-    @property
-    def _held_out_samples(self) -> list[Sample]:
-        return self._draw(self.parts.task.dev, self.parts.calibration.held_out, "calibration.held_out")
-
-    def _draw(self, rows: Rows, count: int, setting: str) -> list[Sample]:
-        answers = self.parts.task.samples(rows, self.parts.model.adapter.prompt_style)
-        if count > len(answers):
-            raise ConfigError(f"{setting}={count}, but {self.parts.task.name} has {len(answers)} rows; ask for fewer")
-        order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(self.parts.seed))
-        return [answers[index][0] for index in order[:count]]
+    def _samples(self, setting: str) -> list[Sample]:
+        """The calibration's ``samples`` from the target's training rows, or its ``held_out`` from development rows."""
+        parts, task = self.parts, self.parts.task
+        rows = task.samples(task.dev if setting == "held_out" else task.train, parts.model.adapter.prompt_style)
+        return draw(rows, getattr(parts.calibration, setting), parts.seed, f"calibration.{setting}")
 
     def _build(
         self, stage: str, inputs: Mapping[str, Any], sources: Sequence[str], make: Callable[[Path], None]

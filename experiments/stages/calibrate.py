@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments.errors import ModelError
+from experiments.errors import ConfigError, ModelError
 from experiments.models.adapter import Adapter, Batch, Loaded, Sample
 from tailor.gram import GramAccumulator, Grams
 
@@ -33,6 +33,14 @@ class Calibration:
     def collection(self) -> dict[str, int]:
         """The fields that decide the stored Grams; the others come in when these are used."""
         return {"samples": self.samples, "held_out": self.held_out, "batch_size": self.batch_size}
+
+
+def draw(rows: Sequence[Sequence[Sample]], count: int, seed: int, setting: str) -> list[Sample]:
+    """``count`` different rows at random, the first answer of each. Raises ConfigError naming ``setting``."""
+    if not 0 < count <= len(rows):
+        raise ConfigError(f"{setting}={count}: there are {len(rows)} rows to draw from; ask for 1 to {len(rows)}")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [rows[index][0] for index in order[:count]]
 
 
 def collect_grams(

@@ -156,7 +156,8 @@ def test_instructblip_trains_the_scope_of_the_paper(run_small: RunSmall, home: P
     [
         ("training.scope=[language_model.no_such.*]", ScopeError, "no_such"),
         ("training.learning_rate=1e30", TrainingError, "fine-tuning, step .*lower training.learning_rate"),
-        ("calibration.samples=1000", ConfigError, "calibration.samples=1000, but flickr has 24 rows"),
+        ("calibration.samples=1000", ConfigError, "calibration.samples=1000: there are 24 rows"),
+        ("calibration.held_out=0", ConfigError, "calibration.held_out=0: there are 6 rows"),
         ("calibration.damping=0", SingularGram, "damping"),
         ("task.test.benchmark.name=colour", ConfigError, "colour stands twice"),
         ("device=abacus", ConfigError, "device=abacus: .*choose cpu"),

@@ -18,10 +18,16 @@ EvidenceKind = Literal["nothing", "grams", "gradients"]
 
 @dataclass(frozen=True, eq=False)
 class GramEvidence:
-    """Undamped Grams of target-task inputs: those to calibrate on, and others on which errors are reported too."""
+    """Undamped Grams of layer inputs.
+
+    `calibration` and `held_out` are of the target task: to calibrate on, and others on which errors are reported too.
+    `retain` is of samples of old tasks, or general-purpose ones, run through the pretrained model; only a method that
+    `sees_old_tasks` may be given it.
+    """
 
     calibration: Grams
     held_out: Grams | None = None
+    retain: Grams | None = None
 
 
 @runtime_checkable
@@ -70,7 +76,11 @@ class Rng:
 
 
 class Method(Protocol):
-    """A fusion method: a frozen dataclass whose fields are its hyperparameters."""
+    """A fusion method: a frozen dataclass whose fields are its hyperparameters.
+
+    One that learns from samples of old tasks says so by a class variable, `sees_old_tasks = True`: it competes with
+    more knowledge than the others, and results must show that. Others need not mention it.
+    """
 
     needs: ClassVar[EvidenceKind]
 
@@ -90,10 +100,27 @@ def difference(base: Tensor, tuned: Tensor) -> Tensor:
     return tuned.float() - base.to(tuned.dtype).float()
 
 
+def sees_old_tasks(method: Method) -> bool:
+    """Whether the method learns from samples of old tasks, and not from the target task alone."""
+    return bool(getattr(method, "sees_old_tasks", False))
+
+
 def grams_of(method: Method, evidence: Evidence) -> GramEvidence:
-    """The evidence as Grams. Raises TailorError if it is something else."""
+    """The evidence as Grams. Raises TailorError if it is something else.
+
+    Grams to retain must be there for a method that `sees_old_tasks`, and may not be for any other: it would silently
+    ignore them.
+    """
+    name = type(method).__name__
     if not isinstance(evidence, GramEvidence):
-        raise TailorError(f"{type(method).__name__} needs Grams of the target task; calibrate, and pass GramEvidence")
+        raise TailorError(f"{name} needs Grams of the target task; calibrate, and pass GramEvidence")
+    if sees_old_tasks(method) and evidence.retain is None:
+        raise TailorError(
+            f"{name} needs Grams of samples to retain, run through the pretrained model; pass them as "
+            "GramEvidence.retain"
+        )
+    if evidence.retain is not None and not sees_old_tasks(method):
+        raise TailorError(f"{name} uses no samples of old tasks; pass GramEvidence without `retain`")
     return evidence
 
 

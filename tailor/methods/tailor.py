@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,23 @@ from tailor.method import (
     require_one_of,
 )
 from tailor.scores import diagonal_of_inverse, fused_score, salience
+
+
+class Layer(NamedTuple):
+    """A layer before decorating: delta and mask, (out, in), damped Gram and, where needed, its inverse's factor."""
+
+    delta: Tensor
+    mask: Tensor
+    gram: Tensor
+    factor: Tensor | None
+
+    def settle(self, base: Tensor, tuned: Tensor, decorated: Tensor) -> tuple[Tensor, Tensor]:
+        """The fused weight in float32, and the delta, zero off the mask, that is left of it after rounding."""
+        compensation = torch.where(self.mask, decorated - self.delta, 0)
+        fused = tuned.float() + compensation  # Θ_sft itself, to the bit, where C = 0
+        # What is written has the base's dtype; deltas are counted from the base as the fine-tuned dtype holds it.
+        written = fused.to(base.dtype).float() - base.to(tuned.dtype).float()
+        return fused, torch.where(self.mask, written, 0)
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class Tailor:
         require_between(self, "sparsity", 0, 1)
         require_between(self, "omega", 0, 1)
         require_one_of(self, "decorator", DECORATORS)
-        require_between(self, "damping", 0, float("inf"))
+        require_between(self, "damping", 0, sys.float_info.max)
 
     def fuse(
         self, pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], evidence: Evidence, rng: Rng
@@ -63,60 +81,86 @@ class Tailor:
         Raises SingularGram naming the layer, and TailorError if no tensor in scope has a Gram or one does not fit.
         """
         grams = grams_of(self, evidence)
-        if pretrained and not any(name in grams.calibration for name in pretrained):
-            raise TailorError(
-                f"none of the {len(pretrained)} tensors in scope has a Gram (scope: {next(iter(pretrained))}, ...; "
-                f"Grams: {next(iter(grams.calibration), 'none at all')}, ...); calibrate the layers in scope, under "
-                "the checkpoint's tensor names"
-            )
+        require_a_gram(pretrained, grams.calibration)
         for name, base in pretrained.items():
             tuned = finetuned[name]
             if name in grams.calibration:
                 yield self._fuse_layer(name, base, tuned, grams, rng)
             else:
-                score = salience(difference(base, tuned))
-                yield Fused(name, tuned, top_fraction(score, self.sparsity, seed=rng.seed(name)))
+                yield Fused(name, tuned, self.choose_by_salience(name, base, tuned, rng))
 
     def _fuse_layer(self, name: str, base: Tensor, tuned: Tensor, grams: GramEvidence, rng: Rng) -> Fused:
-        gram = self._damped(grams.calibration, name, base)
+        layer = self.choose(name, base, tuned, grams.calibration, rng)
+        candidates = self.decorations(name, layer)
+        fused, rounded = layer.settle(base, tuned, candidates[self.decorator])
+        facts = {
+            "token_count": grams.calibration.token_count(name),
+            "errors": self.errors(name, layer, {**candidates, "rounded": rounded}, grams),
+        }
+        return Fused(name, fused, layer.mask, facts)
+
+    def choose(self, name: str, base: Tensor, tuned: Tensor, grams: Grams, rng: Rng) -> Layer:
+        """The mask of a layer that has a Gram, by the score of Eq. 11, and what it was chosen from."""
+        gram = self.damped(grams, name, base)
         delta = difference(base, tuned)
         needs_factor = self.omega < 1 or self.decorator == "sparsegpt" or self.compare_decorators
         factor = inverse_factor(gram, name) if needs_factor else None
-
         score = salience(delta) if factor is None else fused_score(delta, diagonal_of_inverse(factor), self.omega)
         mask = top_fraction(score, self.sparsity, seed=rng.seed(name), last=delta == 0)
+        return Layer(delta, mask, gram, factor)
 
-        candidates: dict[str, Tensor] = {
-            how: decorate(delta, mask, gram, how, name=name, factor=factor)
+    def choose_by_salience(self, name: str, base: Tensor, tuned: Tensor, rng: Rng) -> Tensor:
+        """The mask of a tensor that has no Gram."""
+        return top_fraction(salience(difference(base, tuned)), self.sparsity, seed=rng.seed(name))
+
+    def decorations(self, name: str, layer: Layer) -> dict[str, Tensor]:
+        """The delta under the mask as it is and as decorated, or with `compare_decorators` all three, by decorator."""
+        return {
+            how: decorate(layer.delta, layer.mask, layer.gram, how, name=name, factor=layer.factor)
             for how in DECORATORS
             if how in ("none", self.decorator) or self.compare_decorators
         }
-        compensation = torch.where(mask, candidates[self.decorator] - delta, 0)
-        fused = tuned.float() + compensation  # Θ_sft itself, to the bit, where C = 0
-        rounded = torch.where(mask, difference(base, fused.to(base.dtype).to(tuned.dtype)), 0)
 
-        def errors(some_gram: Tensor) -> dict[str, float]:
-            deltas: dict[str, Tensor] = {**candidates, "rounded": rounded}
-            return {what: layer_error(delta, fused_delta, some_gram) for what, fused_delta in deltas.items()}
-
-        facts: dict[str, Any] = {
-            "token_count": grams.calibration.token_count(name),
-            "errors": {"calibration": errors(gram)},
-        }
+    def errors(
+        self, name: str, layer: Layer, deltas: Mapping[str, Tensor], grams: GramEvidence
+    ) -> dict[str, dict[str, float]]:
+        """Layer errors of fused deltas on calibration and, if there are any, held-out tokens."""
+        on = {"calibration": layer.gram}
         if grams.held_out is not None and name in grams.held_out:
-            facts["errors"]["held_out"] = errors(self._damped(grams.held_out, name, base))
-        return Fused(name, fused, mask, facts)
+            on["held_out"] = self.damped(grams.held_out, name, layer.delta)
+        return {
+            tokens: {what: layer_error(layer.delta, delta, gram) for what, delta in deltas.items()}
+            for tokens, gram in on.items()
+        }
 
-    def _damped(self, grams: Grams, name: str, weight: Tensor) -> Tensor:
-        gram = grams[name]
-        if weight.ndim != 2 or gram.shape != (weight.shape[1], weight.shape[1]):
-            raise TailorError(
-                f"{name}: a Gram of shape {tuple(gram.shape)} does not fit a weight of shape {tuple(weight.shape)}, "
-                "(out, in); calibrate this model's own layers"
-            )
+    def damped(self, grams: Grams, name: str, weight: Tensor) -> Tensor:
+        """The layer's damped Gram. Raises SingularGram if without damping there are fewer tokens than inputs."""
+        gram = fitting_gram(grams, name, weight)
         if self.damping == 0 and grams.token_count(name) < weight.shape[1]:
             raise SingularGram(
                 f"{name}: {grams.token_count(name)} tokens cannot tell {weight.shape[1]} inputs apart without damping; "
                 "raise the damping or calibrate with more samples"
             )
-        return damp(gram.to(weight.device), self.damping)
+        return damp(gram, self.damping)
+
+
+def require_a_gram(names: Iterable[str], grams: Grams) -> None:
+    """Raise TailorError if no name has a Gram: then Grams and scope do not belong together."""
+    names = tuple(names)
+    if names and not any(name in grams for name in names):
+        raise TailorError(
+            f"none of the {len(names)} tensors in scope has a Gram (scope: {names[0]}, ...; "
+            f"Grams: {next(iter(grams), 'none at all')}, ...); calibrate the layers in scope, under "
+            "the checkpoint's tensor names"
+        )
+
+
+def fitting_gram(grams: Grams, name: str, weight: Tensor) -> Tensor:
+    """The layer's undamped Gram, on the weight's device. Raises TailorError if it does not fit the weight."""
+    gram = grams[name]
+    if weight.ndim != 2 or gram.shape != (weight.shape[1], weight.shape[1]):
+        raise TailorError(
+            f"{name}: a Gram of shape {tuple(gram.shape)} does not fit a weight of shape {tuple(weight.shape)}, "
+            "(out, in); calibrate this model's own layers"
+        )
+    return gram.to(weight.device)

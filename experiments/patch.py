@@ -1,0 +1,178 @@
+"""What fusing changed, as a file: ``python -m experiments.patch extract|apply|remove|info ...``.
+
+extract BASE FUSED OUT    write the patch that turns one checkpoint folder into the other
+apply   BASE PATCH OUT    write the fused checkpoint; files other than weights come from BASE
+remove  FUSED PATCH OUT   write the base checkpoint, bit for bit; files other than weights come from FUSED
+info    PATCH             show where a patch comes from and what it changes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.errors import FORESEEN
+from tailor.errors import CheckpointError, PatchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tailor.patch import Patch, PatchedTensor
+
+# What needs torch is imported where it is used, so that --help and a mistyped command answer at once.
+
+
+def extract(base_folder: Path, fused_folder: Path, out: Path) -> None:
+    """Writes the patch between two checkpoint folders, which are read a tensor at a time."""
+    from tailor.checkpoint import Checkpoint
+    from tailor.patch import Patch
+    from tailor.scope import require_same_tensors
+
+    if out.exists():
+        raise CheckpointError(f"{out}: already exists; remove it or choose another file")
+    base, fused = Checkpoint(base_folder), Checkpoint(fused_folder)
+    require_same_tensors(base, fused)
+    names = {"base": base_folder.resolve().name, "fused": fused_folder.resolve().name}
+    patch = Patch.between(base, fused, names)
+    patch.save(out)
+    print(f"{out}: {summary(patch)}, {size(out.stat().st_size)}")
+
+
+def flip(folder: Path, patch_file: Path, out: Path, *, removing: bool) -> None:
+    """Writes ``folder`` with the patch applied or, if ``removing``, removed; tensors are streamed.
+
+    Patched tensors that are not the recorded base as a whole, though their bits at the patched places are, get a
+    warning: patches stack, but the result is not the model that the patch was made for.
+    """
+    from tailor.bits import sha256
+    from tailor.checkpoint import Checkpoint, CheckpointWriter
+
+    weights, patch = Checkpoint(folder), load(patch_file)
+    unlike = []
+    with CheckpointWriter(out, like=folder) as writer:
+        for name, tensor in patch.remove_from(weights) if removing else patch.apply_to(weights):
+            entry = patch.tensors[name]
+            require_places(name, tensor, entry, entry.places_sha256 if removing else entry.fused_places_sha256)
+            if sha256(tensor if removing else weights[name]) != entry.base_sha256:
+                unlike.append(name)
+            writer.write(name, tensor)
+        for name in weights:
+            if name not in patch.tensors:
+                writer.write(name, weights[name])
+    if unlike:
+        print(
+            f"warning: of {len(patch.tensors)} patched tensors, {len(unlike)} match the patch's base at the patched "
+            f"places only and differ from it elsewhere: {', '.join(unlike)}",
+            file=sys.stderr,
+        )
+    print(f"{out}: {'removed' if removing else 'applied'} {summary(patch)}")
+
+
+def info(patch_file: Path) -> None:
+    """Prints header, counts and the size of each tensor's changes."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    patch = load(patch_file)
+    # Piped into a file the table keeps its width instead of being squeezed into 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    for key, value in patch.header.items():
+        console.print(f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    table = Table()
+    for column in ("tensor", "dtype", "shape", "entries", "changed", "share", "size", "of tensor"):
+        table.add_column(column, justify="left" if column in ("tensor", "dtype", "shape") else "right")
+    whole = 0
+    for name, entry in patch.tensors.items():
+        entries, changed = math.prod(entry.shape), entry.xors.numel()
+        tensor_bytes = entries * getattr(torch, entry.dtype).itemsize
+        whole += tensor_bytes
+        shape = "×".join(map(str, entry.shape)) or "scalar"
+        cells = (f"{entries:,}", f"{changed:,}", f"{changed / entries:.2%}", size(stored_bytes(entry)))
+        table.add_row(name, entry.dtype, shape, *cells, f"{stored_bytes(entry) / tensor_bytes:.3f}")
+    if patch.tensors:
+        console.print(table)
+    file_bytes = patch_file.stat().st_size
+    share = f", {file_bytes / whole:.3f} of these tensors' {size(whole)}" if whole else ""
+    console.print(f"{summary(patch)}; file {size(file_bytes)}{share}", soft_wrap=True)
+
+
+def load(path: Path) -> Patch:
+    """The patch, checked for changes that no tensor has room for. Raises a foreseen error if it is damaged."""
+    from tailor.patch import Patch
+
+    patch = Patch.load(path)
+    for name, entry in patch.tensors.items():
+        indices = entry.indices()
+        if len(indices) != entry.xors.numel() or (len(indices) and int(indices[-1]) >= math.prod(entry.shape)):
+            raise PatchError(f"{path}: the changes of {name} do not fit its shape; the file is damaged, copy it again")
+    return patch
+
+
+def require_places(name: str, tensor: Tensor, entry: PatchedTensor, digest: str) -> None:
+    """Raises PatchError unless the entries that the patch flipped have become what it recorded."""
+    from tailor.bits import bit_patterns, sha256
+
+    if sha256(bit_patterns(tensor)[entry.indices()]) != digest:
+        raise PatchError(
+            f"{name}: the patch does not lead to the entries that it recorded; it is damaged, copy it again"
+        )
+
+
+def summary(patch: Patch) -> str:
+    return f"{patch.changed_count:,} changed entries in {len(patch.tensors)} tensors"
+
+
+def stored_bytes(entry: PatchedTensor) -> int:
+    return entry.gaps.nbytes + entry.xors.nbytes
+
+
+def size(count: int) -> str:
+    """Bytes as people write them, in powers of 1000."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.patch", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="extract|apply|remove|info")
+    for command, (description, arguments) in COMMANDS.items():
+        subparser = commands.add_parser(command, help=description, description=description)
+        for argument in arguments:
+            subparser.add_argument(argument, type=Path, metavar=argument.upper(), help=ARGUMENTS[argument])
+    chosen = parser.parse_args()
+    try:
+        match chosen.command:
+            case "extract":
+                extract(chosen.base, chosen.fused, chosen.out)
+            case "apply":
+                flip(chosen.base, chosen.patch, chosen.out, removing=False)
+            case "remove":
+                flip(chosen.fused, chosen.patch, chosen.out, removing=True)
+            case "info":
+                info(chosen.patch)
+    except FORESEEN as error:
+        sys.exit(f"error: {error}")
+
+
+COMMANDS = {
+    "extract": ("write the patch that turns BASE into FUSED", ("base", "fused", "out")),
+    "apply": ("write BASE with the patch applied", ("base", "patch", "out")),
+    "remove": ("write FUSED with the patch removed: its base", ("fused", "patch", "out")),
+    "info": ("show where a patch comes from and what it changes", ("patch",)),
+}
+ARGUMENTS = {
+    "base": "checkpoint folder",
+    "fused": "checkpoint folder of the same tensors",
+    "patch": "patch file",
+    "out": "what to write, a patch file or a checkpoint folder; must not exist yet",
+}
+
+if __name__ == "__main__":
+    main()

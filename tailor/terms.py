@@ -1,0 +1,61 @@
+"""Several aims for one fused delta: the weighted least squares behind two-sided tailoring and joint stitching.
+
+Each term says which delta a layer should have on which inputs. Decorating is the case of one term.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tailor.decorate import output_energy
+from tailor.support import solve_on_support
+
+
+class Term(NamedTuple):
+    """One aim: act like `delta`, (out, in), on inputs whose damped Gram is `gram`, (in, in); `weight` is 0 or more."""
+
+    delta: Tensor
+    gram: Tensor
+    weight: float = 1.0
+
+
+def optimal_compensation(terms: Sequence[Term], start: Tensor, mask: Tensor, name: str = "") -> Tensor:
+    """The C, zero off the mask, for which F = start + C makes the `objective` least.
+
+    `start`, (out, in), is zero off `mask`. With A = Σ weight · gram and S the support of a row,
+    C_S = (A_SS)⁻¹ (Σ weight · (delta - start) · gram)_S, exactly 0 in rows where `start` is what every term asks for.
+    Sums over terms are taken in float64, so that their order leaves no trace. Raises SingularGram naming the layer.
+    """
+    terms = [term for term in terms if term.weight > 0]
+    compensation = torch.zeros_like(start)
+    wanting = torch.zeros(start.shape[0], dtype=torch.bool, device=start.device)
+    for term in terms:
+        wanting |= (term.delta != start).any(1)
+    rows = (wanting & mask.any(1)).nonzero()[:, 0]
+    if not len(rows):
+        return compensation
+    gram = torch.zeros(terms[0].gram.shape, dtype=torch.float64, device=start.device)
+    rhs = torch.zeros((len(rows), start.shape[1]), dtype=torch.float64, device=start.device)
+    for term in terms:
+        gram.add_(term.gram, alpha=term.weight)
+        rhs.add_((term.delta[rows] - start[rows]) @ term.gram, alpha=term.weight)
+    compensation[rows] = solve_on_support(gram.to(start.dtype), rhs.to(start.dtype), mask[rows], name=name)
+    return compensation
+
+
+def objective(terms: Sequence[Term], fused_delta: Tensor) -> float:
+    """Σ weight · tr((delta - F)·gram·(delta - F)ᵀ), which `optimal_compensation` makes least."""
+    return math.fsum(term.weight * output_energy(term.delta - fused_delta, term.gram) for term in terms)
+
+
+def relative_objective(terms: Sequence[Term], fused_delta: Tensor) -> float:
+    """The objective over that of a zero delta; 0 or infinity where no term asks for any change."""
+    lost, whole = objective(terms, fused_delta), objective(terms, torch.zeros_like(fused_delta))
+    if whole == 0:
+        return 0.0 if lost == 0 else math.inf
+    return lost / whole

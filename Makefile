@@ -4,20 +4,24 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 BASELINES := zero_shot,finetune,wise_ft,dare,magnitude,grafting,tailor,tailor_exact
+ONE := experiment=digits_llava_flickr
+ALL := seed=0,1,2 experiment=digits_llava_flickr,digits_llava_okvqa,digits_instructblip_flickr,digits_instructblip_gqa
 
 .PHONY: run digits test lint types clean
 .DELETE_ON_ERROR:
 
 # A sweep's failed jobs don't stop the others: the table shows what finished and names what failed.
+define sweep
+	@sweep=$${TAILOR_HOME:-outputs}/sweeps/$$(date +%Y-%m-%d_%H-%M-%S)_$@; status=0; \
+	$(PY) -m experiments.run -m hydra.sweep.dir=$$sweep baseline=$(BASELINES) $(1) || status=$$?; \
+	$(PY) -m experiments.tables $$sweep && exit $$status
+endef
+
 run: .venv/ready
-	@$(PY) -m experiments.run -m experiment=digits_llava_flickr baseline=$(BASELINES); status=$$?; \
-	$(PY) -m experiments.tables && exit $$status
+	$(call sweep,$(ONE))
 
 digits: .venv/ready
-	@status=0; home=$${TAILOR_HOME:-outputs}; sweep=$$home/sweeps/$$(date +%Y-%m-%d_%H-%M-%S)_digits; \
-	$(PY) -m experiments.run -m hydra.sweep.dir=$$sweep baseline=$(BASELINES) seed=0,1,2 \
-	  experiment=digits_llava_flickr,digits_llava_okvqa,digits_instructblip_flickr,digits_instructblip_gqa || status=$$?; \
-	$(PY) -m experiments.tables $$sweep && exit $$status
+	$(call sweep,$(ALL))
 
 test: .venv/ready
 	.venv/bin/ruff check .

@@ -9,7 +9,9 @@ from typing import Any, Protocol, cast
 from datasets import Dataset
 from PIL.Image import Image
 
+from evaluation.benchmarks.captions import Captions
 from evaluation.benchmarks.contract import Benchmark
+from evaluation.metrics.ptb import find_java
 from evaluation.prompts import Instruction, instruction
 from evaluation.records import Example
 from experiments.errors import ConfigError
@@ -17,10 +19,7 @@ from experiments.models.adapter import Sample
 
 
 class Rows(Protocol):
-    """A frozen value that says where rows are; ``load`` reads them. ``sources``: the code that they depend on."""
-
-    @property
-    def sources(self) -> tuple[str, ...]: ...
+    """A frozen value that says where rows are; ``load`` reads them."""
 
     def load(self) -> Dataset: ...
 
@@ -77,8 +76,16 @@ def identity(value: Any) -> dict[str, Any]:
     return {"type": f"{type(value).__module__}.{type(value).__qualname__}"} | asdict(value)
 
 
+def module_of(value: Any) -> str:
+    """The module that a value's type, or the type itself, is defined in."""
+    return (value if isinstance(value, type) else type(value)).__module__
+
+
 def check_suite(suite: Sequence[BenchmarkData], task: Task) -> None:
-    """Raises ConfigError if two benchmarks share a name, or the target counts as pretrained."""
+    """Before any stage: raises ConfigError if two benchmarks share a name, or the target counts as pretrained, and
+    MissingJava if captions are to be scored and there is no Java."""
     names = [data.name for data in suite]
     if doubled := sorted({name for name in [*names, task.name] if [*names, task.name].count(name) > 1}):
         raise ConfigError(f"suite: {', '.join(doubled)} stands twice among pretrained benchmarks and target")
+    if any(isinstance(data.benchmark, Captions) for data in (*suite, task.test)):
+        find_java()

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from evaluation.records import Example, read_predictions
 from experiments.data import BenchmarkData
@@ -72,10 +72,11 @@ class _Answered:
 def draw_examples(runs: Sequence[Run], path: Path) -> Path:
     """Pictures with every method's answer: the target, and the benchmarks on which the first two methods differ most.
 
-    Only the first seed's runs are shown. An answer is green if it scores at least half of what the best one does.
+    Only runs with the first one's seed and data are shown. An answer is green if it scores at least half of what the
+    best one does.
     """
-    runs = [run for run in runs if run.manifest["seed"] == runs[0].manifest["seed"]]
     config = OmegaConf.load(runs[0].folder / "config.yaml")
+    runs = [run for run in runs if _shows_the_same(run, config)]
     suite = [*instantiate(config.suite, _convert_="all").values(), instantiate(config.task, _convert_="all").test]
     answered = [_read(data, runs, config.model.adapter.prompt_style) for data in suite]
     old = sorted(answered[:-1], key=lambda each: each.gap(), reverse=True)[: EXAMPLES - 1]
@@ -89,6 +90,11 @@ def draw_examples(runs: Sequence[Run], path: Path) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+def _shows_the_same(run: Run, first: DictConfig) -> bool:
+    config = OmegaConf.load(run.folder / "config.yaml")
+    return all(config[name] == first[name] for name in ("seed", "model", "task", "suite"))
 
 
 def _draw_example(picture: plt.Axes, text: plt.Axes, answered: _Answered, is_target: bool) -> None:

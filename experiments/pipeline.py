@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from evaluation.aggregate import average, h_score
 from evaluation.records import Score, read_predictions, write_predictions
 from evaluation.score import score_predictions
 from experiments.artifacts import Artifact, Store
-from experiments.data import BenchmarkData, check_suite, identity
+from experiments.data import BenchmarkData, check_suite, identity, module_of
 from experiments.errors import ConfigError
 from experiments.models.adapter import Loaded, Sample
 from experiments.runs import SCORES, Record
@@ -38,8 +38,6 @@ from tailor.scope import changed_tensors
 
 log = logging.getLogger(__name__)
 
-MODELS = "experiments/models"
-DATA = ("experiments/data.py", "evaluation/benchmarks", "evaluation/prompts.py")
 CHECKPOINT = "checkpoint"
 
 
@@ -48,6 +46,9 @@ def run(parts: Experiment, folder: Path, record: Record) -> None:
     torch.set_num_threads(parts.threads)
     transformers.utils.logging.disable_progress_bar()  # the stages show their own
     check_suite(parts.suite, parts.task)
+    for left in (PATCH, REPORT, SCORES):  # by an earlier run in this folder
+        (folder / left).unlink(missing_ok=True)
+    shutil.rmtree(folder / "predictions", ignore_errors=True)
     pipeline = Pipeline(parts, Store(Path(parts.home), {"threads": parts.threads}), record, _device(parts.device))
     fusion, weights = pipeline.fused()
     scores = pipeline.scores(weights, fusion.key, folder / "predictions")
@@ -79,7 +80,7 @@ class Pipeline:
         def make(out: Path) -> None:
             base.build(out / CHECKPOINT)
 
-        return self._build("base", {"base": identity(base)}, base.sources, make)
+        return self._build("base", {"base": identity(base)}, [module_of(base)], make)
 
     @cached_property
     def finetuned(self) -> Artifact:
@@ -93,7 +94,7 @@ class Pipeline:
             )
             pd.DataFrame({"step": range(1, len(losses) + 1), "loss": losses}).to_csv(out / "losses.csv", index=False)
 
-        return self._build("finetuned", inputs, ("experiments/stages/finetune.py", *self._sources), make)
+        return self._build("finetuned", inputs, [module_of(parts.training), *self._task_modules], make)
 
     @property
     def tuned(self) -> Artifact:
@@ -113,8 +114,7 @@ class Pipeline:
                 grams = collect_grams(adapter, loaded, self._samples(name), layers, batch_size, f"calibrate ({name})")
                 grams.save(out / f"{name}.safetensors")
 
-        sources = ("experiments/stages/calibrate.py", "tailor/gram.py", *self._sources)
-        return self._build("grams", inputs, sources, make)
+        return self._build("grams", inputs, [collect_grams.__module__, *self._task_modules], make)
 
     def fused(self) -> tuple[Artifact, Weights]:
         parts, method = self.parts, self.parts.method
@@ -123,6 +123,7 @@ class Pipeline:
             "base": self.base.key,
             "finetuned": self.tuned.key,
             "seed": parts.seed,
+            "device": parts.device,
         }
         if method.needs == "grams":
             inputs["grams"] = self.grams.key
@@ -130,14 +131,17 @@ class Pipeline:
             inputs |= self._data | {"calibration": parts.calibration.collection()}
 
         def make(out: Path) -> None:
-            fuse_into(out, self._base_folder, self.tuned.folder / CHECKPOINT, method, self._evidence(), parts.seed)
+            folders = (self._base_folder, self.tuned.folder / CHECKPOINT)
+            fuse_into(out, *folders, method, self._evidence(), parts.seed, self.device)
 
-        sources = ("tailor", "experiments/stages/fuse.py", "experiments/stages/target.py", *self._sources)
-        fusion = self._build("fused", inputs, sources, make)
+        modules = [module_of(method), fuse_into.__module__]
+        if method.needs == "gradients":
+            modules += [TargetLoss.__module__, *self._task_modules]
+        fusion = self._build("fused", inputs, modules, make)
         return fusion, fused_weights(method, self._base_folder, self.tuned.folder / CHECKPOINT, fusion.folder)
 
     def scores(self, weights: Weights, fusion_key: str, predictions: Path) -> list[Score]:
-        """Scores of the pretrained benchmarks, then of the target; predictions are linked into ``predictions``."""
+        """Scores of the pretrained benchmarks, then of the target; predictions are copied into ``predictions``."""
         predictions.mkdir(exist_ok=True)
         loaded: list[Loaded] = []
         scores = []
@@ -168,8 +172,8 @@ class Pipeline:
             answers = generate(adapter, loaded[0], examples, instruction.generation, parts.batch_size, data.name)
             write_predictions(out / "predictions.jsonl", answers)
 
-        sources = ("experiments/stages/evaluate.py", "tailor/patch.py", MODELS, *DATA, *data.rows.sources)
-        return self._build(f"answers/{data.name}", inputs, sources, make)
+        modules = [generate.__module__, *map(module_of, (adapter, data, data.benchmark, data.rows, Patch))]
+        return self._build(f"answers/{data.name}", inputs, modules, make)
 
     def _score(self, data: BenchmarkData, predictions: Path) -> Score:
         style = self.parts.model.adapter.prompt_style
@@ -209,9 +213,10 @@ class Pipeline:
         return self.finetuned.folder / CHECKPOINT
 
     @property
-    def _sources(self) -> tuple[str, ...]:
+    def _task_modules(self) -> list[str]:
         """The code that turns the task's rows into batches."""
-        return (MODELS, *DATA, *self.parts.task.train.sources)
+        task = self.parts.task
+        return [module_of(part) for part in (task, task.test.benchmark, task.train, task.dev, self.parts.model.adapter)]
 
     @property
     def _data(self) -> dict[str, object]:
@@ -230,9 +235,9 @@ class Pipeline:
         return draw(rows, getattr(parts.calibration, setting), parts.seed, f"calibration.{setting}")
 
     def _build(
-        self, stage: str, inputs: Mapping[str, Any], sources: Sequence[str], make: Callable[[Path], None]
+        self, stage: str, inputs: Mapping[str, Any], modules: Iterable[str], make: Callable[[Path], None]
     ) -> Artifact:
-        artifact = self.store.build(stage, inputs, sources, make)
+        artifact = self.store.build(stage, inputs, modules, make)
         stages = self.record.content.setdefault("stages", {})
         stages[stage] = {
             "key": artifact.key,
@@ -254,8 +259,13 @@ def _device(name: str) -> torch.device:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link, for what is large and never edited; a copy where the file system has none."""
+    """A hard link, for what is large and never edited; a copy where the file system has none.
+
+    ``target`` must not exist: copying onto a link would write into the artifact that it links to.
+    """
     try:
         os.link(source, target)
+    except FileExistsError:
+        raise
     except OSError:
         shutil.copyfile(source, target)

@@ -6,7 +6,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,7 +67,8 @@ def recorded(folder: Path, **content: Any) -> Iterator[Record]:
         yield record
     except BaseException as error:
         reason = str(error) if isinstance(error, FORESEEN) else traceback.format_exc()
-        record.update(status="failed", ended=_now(), error=reason or type(error).__name__)
+        with suppress(OSError):  # on a full disk it stays "running", which no table takes for finished either
+            record.update(status="failed", ended=_now(), error=reason or type(error).__name__)
         raise
     record.update(status="finished", ended=_now())
 
@@ -99,7 +100,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunsError(f"{path}: cannot be read ({error}); is this the folder of a run?") from error
-    if missing := [name for name in ("status", "seed", "choices", "overrides") if name not in manifest]:
+    if missing := [name for name in ("status", "choices", "overrides") if name not in manifest]:
         raise RunsError(f"{path}: lacks {', '.join(missing)}; no run of this version wrote it: run it again")
     return manifest
 

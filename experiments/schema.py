@@ -100,6 +100,8 @@ def strict(composed: DictConfig) -> Any:
     except OmegaConfBaseException as error:
         known = ", ".join(field.name for field in fields(RunConfig))
         raise ConfigError(f"configuration: {str(error).splitlines()[0]} (the keys are {known})") from error
+    if missing := sorted(OmegaConf.missing_keys(merged)):
+        raise ConfigError(f"configuration: {', '.join(missing)} not set; name a value or an option")
     return merged
 
 
@@ -109,6 +111,8 @@ def _check_ranges(config: Any) -> None:
         for name in ("sparsity", "omega")
         if not 0 <= getattr(config, name) <= 1
     ]
+    if not 0 <= config.seed < 2**32:
+        problems.append(f"seed={config.seed} is outside [0, 2³²)")
     problems += [f"{name}={value} is less than 1" for name in ("threads", "batch_size") if (value := config[name]) < 1]
     if config.dtype not in DTYPES:
         problems.append(f"dtype={config.dtype} is none of {', '.join(DTYPES)}")
@@ -120,6 +124,8 @@ def _instantiate(group: str, node: Any) -> Any:
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
+    if not isinstance(node, dict):
+        raise ConfigError(f"{group}={node}: choose one of the options in conf/{group}")
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:

@@ -42,7 +42,14 @@ def collect(runs: Sequence[Run]) -> pd.DataFrame:
         choices = run.manifest["choices"]
         for column, role, value in cells:
             rows.append((choices["model"], choices["task"], run.label, run.manifest["seed"], column, role, value))
-    return pd.DataFrame(rows, columns=["model", "task", "method", "seed", "column", "role", "value"])
+    numbers = pd.DataFrame(rows, columns=["model", "task", "method", "seed", "column", "role", "value"])
+    cell = ["model", "task", "method", "seed", "column"]
+    if (twice := numbers[numbers.duplicated(cell)]).size:
+        model, task, method, seed, _ = twice.iloc[0][cell]
+        raise RunsError(
+            f"two runs claim the same row: {method} on {model} and {task}, seed {seed}; show their folders one by one"
+        )
+    return numbers
 
 
 def summarise(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -86,13 +93,15 @@ def lay_out(part: pd.DataFrame, title: str) -> Layout:
     roles = part.drop_duplicates("column").set_index("column")["role"]
     styles = {column: _styles(mean[column]) for column in mean.columns if roles[column] != PARAMETERS}
     rows = []
+    seeds = part.groupby("method")["seed"].nunique()
     for method in mean.index:
+        name = method if seeds[method] == seeds.max() else f"{method} (n={seeds[method]})"
         cells = []
         for column in mean.columns:
             spread = deviation.loc[method, column]
             text = _cell(mean.loc[method, column], spread, as_count=roles[column] == PARAMETERS)
             cells.append((text, styles[column][method] if column in styles else ""))
-        rows.append((method, cells))
+        rows.append((name, cells))
     columns = [f"{column} *" if roles[column] == "target" else str(column) for column in mean.columns]
     return Layout(title, columns, rows)
 

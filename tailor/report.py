@@ -75,6 +75,7 @@ class FusionReport:
             "scope_count": scope_count,
             "mask_count": mask_count,
             "changed_count": changed_count,
+            "flipped_count": sum(row.facts.get("flipped_count", 0) for row in in_scope),
             "mask_fraction": mask_count / scope_count if scope_count else 0.0,
             "changed_fraction": changed_count / scope_count if scope_count else 0.0,
             "tensor_counts": {

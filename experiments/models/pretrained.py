@@ -10,10 +10,7 @@ from experiments.models.adapter import Adapter
 
 
 class Base(Protocol):
-    """A frozen value that knows how to make the pretrained checkpoint folder. ``sources``: the code it depends on."""
-
-    @property
-    def sources(self) -> tuple[str, ...]: ...
+    """A frozen value that knows how to make the pretrained checkpoint folder."""
 
     def build(self, out: Path) -> None: ...
 

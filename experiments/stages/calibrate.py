@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from experiments import checks
 from experiments.errors import ConfigError, ModelError
 from experiments.models.adapter import Adapter, Batch, Loaded, Sample
 from tailor.gram import GramAccumulator, Grams
@@ -29,6 +30,11 @@ class Calibration:
     batch_size: int
     damping: float
     compare_decorators: bool
+
+    def __post_init__(self) -> None:
+        checks.whole(self, "samples", "held_out", "batch_size")
+        checks.real(self, "damping")
+        checks.boolean(self, "compare_decorators")
 
     def collection(self) -> dict[str, int]:
         """The fields that decide the stored Grams; the others come in when these are used."""

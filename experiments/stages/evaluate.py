@@ -1,4 +1,4 @@
-"""Evaluation: batched generation, and scoring of what was generated."""
+"""Batched generation of answers."""
 
 from __future__ import annotations
 

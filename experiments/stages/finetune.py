@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, SchedulerType, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from experiments import checks
 from experiments.errors import TrainingError
 from experiments.models.adapter import Adapter, Loaded, Sample
 from tailor.scope import select
@@ -25,7 +26,8 @@ log = logging.getLogger(__name__)
 class Training:
     """What trains and how. ``scope``: patterns over checkpoint tensor names; ``warmup``: fraction of the steps.
 
-    With several answers to a row (captions), each epoch learns one of them, in turn.
+    With several answers to a row (captions), every pass over the rows takes the next one; all passes are shuffled
+    together.
     """
 
     scope: tuple[str, ...]
@@ -36,6 +38,13 @@ class Training:
     warmup: float
     weight_decay: float
     max_gradient_norm: float
+
+    def __post_init__(self) -> None:
+        checks.whole(self, "epochs", "batch_size")
+        checks.real(self, "learning_rate", "max_gradient_norm", above=True)
+        checks.real(self, "warmup", most=1.0)
+        checks.real(self, "weight_decay")
+        checks.one_of(self, "schedule", [schedule.value for schedule in SchedulerType])
 
     def finetune(
         self,
@@ -67,14 +76,16 @@ class Training:
                 data_collator=lambda batch: adapter.training_batch(loaded.processor, batch),
                 callbacks=[progress],
             )
+            if trainer.args.n_gpu > 1 or trainer.args.device.type != device.type:
+                raise TrainingError(
+                    f"fine-tuning: {trainer.args.n_gpu} GPUs on {trainer.args.device} are in sight, but "
+                    f"device={device}; show one with CUDA_VISIBLE_DEVICES, as several would silently multiply the batch"
+                )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         loaded.model.save_pretrained(out)
         loaded.processor.save_pretrained(out)
         return progress.losses
-
-    def identity(self) -> dict[str, Any]:
-        return asdict(self)
 
     def _freeze_all_but_scope(self, loaded: Loaded) -> None:
         parameters = loaded.parameters
@@ -107,6 +118,7 @@ class Training:
             save_strategy="no",
             report_to=[],
             logging_steps=1,
+            logging_nan_inf_filter=False,  # would report a NaN loss as 0
             disable_tqdm=True,  # its bar prints a line a step; ours shows the loss
         )
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from tailor.fuse import fuse_to_patch, fused_tensors
@@ -26,18 +28,21 @@ class Weights:
     patch: Path | None
 
 
-def fuse_into(out: Path, pretrained: Path, finetuned: Path, method: Method, evidence: Evidence, seed: int) -> None:
+def fuse_into(
+    out: Path, pretrained: Path, finetuned: Path, method: Method, evidence: Evidence, seed: int, device: torch.device
+) -> None:
     """Writes the fusion report and the patch. The two ends are whole checkpoints already and get no patch."""
     with tqdm(desc="fuse", unit="tensor", leave=False, dynamic_ncols=True, disable=None) as progress:
 
         def advance(name: str) -> None:
             progress.update()
 
+        settings: dict[str, Any] = {"evidence": evidence, "seed": seed, "device": device, "progress": advance}
         if is_end(method):
-            stream = fused_tensors(pretrained, finetuned, method, evidence=evidence, seed=seed, progress=advance)
+            stream = fused_tensors(pretrained, finetuned, method, **settings)
             report = FusionReport.of(method, seed, [row for _, _, row in stream])
         else:
-            patch, report = fuse_to_patch(pretrained, finetuned, method, evidence=evidence, seed=seed, progress=advance)
+            patch, report = fuse_to_patch(pretrained, finetuned, method, **settings)
             patch.save(out / PATCH)
     (out / REPORT).write_text(json.dumps(report.to_json(), indent=1) + "\n")
 

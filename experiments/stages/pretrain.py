@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from experiments import checks
 from experiments.errors import TrainingError
 from experiments.models.adapter import IGNORED, Batch, append_answers
 from experiments.worlds import tiny_models
 from experiments.worlds.pool import ScenePool, scene_pool, turn, turns, vocabulary
 from experiments.worlds.scenes import COLOURS, generator
-
-SOURCES = (
-    "experiments/stages/pretrain.py",
-    *(f"experiments/worlds/{name}.py" for name in ("captions", "pool", "questions", "scenes", "tiny_models")),
-)
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,10 @@ class Phase:
     batch: int
     learning_rate: float
 
+    def __post_init__(self) -> None:
+        checks.whole(self, "steps", "batch")
+        checks.real(self, "learning_rate", above=True)
+
 
 @dataclass(frozen=True)
 class DigitsLlava:
@@ -47,7 +47,10 @@ class DigitsLlava:
     seed: int
     vision: Phase
     language: Phase
-    sources: ClassVar[tuple[str, ...]] = SOURCES
+
+    def __post_init__(self) -> None:
+        checks.whole(self, "scenes")
+        checks.whole(self, "seed", least=0)
 
     def build(self, out: Path) -> None:
         """Trains from scratch and writes a checkpoint folder. Raises TrainingError if a loss is not finite."""
@@ -84,7 +87,11 @@ class DigitsInstructBlip:
     vision: Phase
     align: Phase
     language: Phase
-    sources: ClassVar[tuple[str, ...]] = SOURCES
+
+    def __post_init__(self) -> None:
+        checks.whole(self, "scenes")
+        checks.whole(self, "seed", least=0)
+        checks.real(self, "street_captions", most=1.0)
 
     def build(self, out: Path) -> None:
         """Trains from scratch and writes a checkpoint folder. Raises TrainingError if a loss is not finite."""

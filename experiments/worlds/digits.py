@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, get_args
 
 import datasets
 import PIL.Image
 from datasets import Dataset, Features, Value
 
-from experiments.errors import ConfigError
+from experiments import checks
 from experiments.worlds.captions import Style, caption, references
 from experiments.worlds.questions import SKILLS, annotate
 from experiments.worlds.scenes import Domain, Scene, Split, generator, render, sample_scene
 
 NOVELTIES = ("none", "some", "all", "any")
-SOURCES = tuple(f"experiments/worlds/{name}.py" for name in ("captions", "digits", "questions", "scenes"))
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,11 @@ class CaptionRows:
     style: Style
     novelty: str
     count: int
-    sources: ClassVar[tuple[str, ...]] = SOURCES
 
     def __post_init__(self) -> None:
-        if self.novelty not in NOVELTIES:
-            raise ConfigError(f"CaptionRows.novelty: {self.novelty!r} is none of {', '.join(NOVELTIES)}")
+        _check_scenes(self)
+        checks.one_of(self, "style", get_args(Style))
+        checks.one_of(self, "novelty", NOVELTIES)
 
     def load(self) -> Dataset:
         return _captions(self)
@@ -54,14 +53,20 @@ class QuestionRows:
     skill: str
     count: int
     single_answer: bool
-    sources: ClassVar[tuple[str, ...]] = SOURCES
 
     def __post_init__(self) -> None:
-        if self.skill not in SKILLS:
-            raise ConfigError(f"QuestionRows.skill: {self.skill!r} is none of {', '.join(SKILLS)}")
+        _check_scenes(self)
+        checks.one_of(self, "skill", SKILLS)
+        checks.boolean(self, "single_answer")
 
     def load(self) -> Dataset:
         return _questions(self)
+
+
+def _check_scenes(rows: CaptionRows | QuestionRows) -> None:
+    checks.one_of(rows, "split", get_args(Split))  # a split misspelt must not show training handwriting
+    checks.one_of(rows, "domain", get_args(Domain))
+    checks.whole(rows, "count")
 
 
 @dataclass(frozen=True)

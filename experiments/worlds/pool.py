@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.prompts import instruction
 from experiments.worlds.captions import Style, caption
-from experiments.worlds.questions import PRETRAINED_SKILLS
+from experiments.worlds.questions import PRETRAINED_SKILLS, SKILLS
 from experiments.worlds.scenes import COLOURS, Scene, generator, is_novel, render, sample_scene
 
 STREET_SCENES = 0.3
-CAPTION_PROMPT = "a short image caption ."
+CAPTION_PROMPT = instruction("digits_llava", "caption").template
 EMPTY_DIGIT, EMPTY_COLOUR = 10, len(COLOURS)
 
 
@@ -33,7 +35,7 @@ class ScenePool:
         return len(self.scenes)
 
 
-def scene_pool(image_processor, count: int) -> ScenePool:
+def scene_pool(image_processor: Any, count: int) -> ScenePool:
     rng = generator("pretraining", "train")
     scenes = [sample_scene(rng, "street" if rng.random() < STREET_SCENES else "studio") for _ in range(count)]
     images = [render(scene, rng, "train") for scene in scenes]
@@ -61,17 +63,15 @@ def turns(scene: Scene, rng: np.random.Generator, street_captions: float = 0.0) 
 
 
 def turn(scene: Scene, rng: np.random.Generator, street_captions: float = 0.0) -> tuple[str, str]:
-    """One of the scene's `turns`: of those with a caption every other one is that, else any question."""
+    """One of the scene's `turns`: of those with a caption at least every fourth is that."""
     pairs = turns(scene, rng, street_captions)
-    if pairs[0][0] == CAPTION_PROMPT and rng.random() < 0.5:
+    if pairs[0][0] == CAPTION_PROMPT and rng.random() < 0.25:
         return pairs[0]
     return pairs[rng.integers(len(pairs))]
 
 
 def vocabulary() -> list[str]:
     """Every word of the world's questions, answers, captions and prompts, sorted."""
-    from experiments.worlds.questions import SKILLS
-
     rng = generator("vocabulary")
     texts = [CAPTION_PROMPT, *(answer for skill in SKILLS.values() for answer in skill.answers)]
     for _ in range(200):

@@ -69,9 +69,9 @@ def _occupied(scene: Scene, rng: np.random.Generator) -> Question:
     return Question(f"is there a {POSITIONS[cell]} number ?", "yes" if present else "no")
 
 
-def _which_is(scene: Scene, rng: np.random.Generator) -> Question:
+def _opposite(scene: Scene, rng: np.random.Generator) -> Question:
     item = _any_item(scene, rng)
-    return Question(f"which number is {item.colour} ?", item.word)
+    return Question(f"what colour is opposite {POSITIONS[3 - item.cell]} ?", item.colour)
 
 
 def _fruit(scene: Scene, rng: np.random.Generator) -> Question:
@@ -90,7 +90,7 @@ PRETRAINED_SKILLS = {
 }
 TARGET_SKILLS = {
     # Reasoning over a relation that pretraining never asked for (GQA's part).
-    "which_is": Skill(_which_is, DIGITS),
+    "opposite": Skill(_opposite, tuple(COLOURS)),
     # Knowledge that is not in the picture (OKVQA's part).
     "fruit": Skill(_fruit, tuple(FRUITS.values())),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,8 +11,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tailor.errors import TailorError
-from tailor.method import Evidence, EvidenceKind, Fused, Rng, difference, require_between, require_count, target_of
+from tailor.errors import NotFinite, TailorError
+from tailor.method import (
+    Evidence,
+    EvidenceKind,
+    Fused,
+    Rng,
+    TargetTask,
+    difference,
+    require_between,
+    require_count,
+    target_of,
+)
 from tailor.methods.magnitude import top_changes
 
 
@@ -36,8 +48,8 @@ class Grafting:
     def __post_init__(self) -> None:
         require_between(self, "sparsity", 0, 1)
         require_count(self, "steps")
-        require_between(self, "learning_rate", 0, float("inf"))
-        require_between(self, "bias", float("-inf"), float("inf"))
+        require_between(self, "learning_rate", 0, sys.float_info.max)
+        require_between(self, "bias", -sys.float_info.max, sys.float_info.max)
 
     def fuse(
         self, pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], evidence: Evidence, rng: Rng
@@ -53,7 +65,7 @@ class Grafting:
         }
 
         best_mask = base_patch
-        best_score = task.score(_graft(pretrained, finetuned, base_patch))
+        best_score = _finite_score(task, _graft(pretrained, finetuned, base_patch))
         last_mask = base_patch
         for _ in range(self.steps):
             soft = {name: _toggle(base_patch[name].float(), logits[name].sigmoid()) for name in base_patch}
@@ -61,6 +73,8 @@ class Grafting:
             for name, patch in base_patch.items():
                 if name not in gradient:
                     raise TailorError(f"{name}: the target task gave no gradient for it; train it or leave it out")
+                if not gradient[name].isfinite().all():
+                    raise NotFinite(f"{name}: the gradient of the target loss is not finite; check samples and weights")
                 step = gradient[name].float().to(logits[name].device) * delta[name]  # the chain rule, from the loss
                 step *= 1 - 2 * patch.float()  # through the mask
                 step *= torch.sigmoid(logits[name]) * torch.sigmoid(-logits[name])  # and the sigmoid, to S
@@ -68,13 +82,20 @@ class Grafting:
             mask = {name: base_patch[name] ^ (logits[name] > 0) for name in base_patch}
             if all(torch.equal(mask[name], last_mask[name]) for name in mask):
                 continue  # the same weights have the same score
-            last_mask, score = mask, task.score(_graft(pretrained, finetuned, mask))
+            last_mask, score = mask, _finite_score(task, _graft(pretrained, finetuned, mask))
             if score > best_score:
                 best_mask, best_score = mask, score
 
         for name, mask_of_tensor in best_mask.items():
             flipped_count = int((mask_of_tensor ^ base_patch[name]).sum())
             yield Fused(name, finetuned[name], mask_of_tensor, {"flipped_count": flipped_count})
+
+
+def _finite_score(task: TargetTask, weights: Mapping[str, Tensor]) -> float:
+    score = task.score(weights)
+    if not math.isfinite(score):
+        raise NotFinite(f"Grafting: the target score is {score}; check the target's samples and the weights")
+    return score
 
 
 def _toggle(patch: Tensor, weight: Tensor) -> Tensor:

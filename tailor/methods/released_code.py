@@ -13,6 +13,7 @@ from layers run one after the other on fused inputs and without an attention mas
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -35,20 +36,23 @@ class ReleasedCode:
     """Released procedure: `sparsity` is the fraction kept, `salience_weight` (in [0, 1]) stands where omega does.
 
     `reset` are name patterns of tensors that go back to pretrained values whatever their changes (the projector's
-    weights); a pattern that matches nothing in scope is a ScopeError, so give an empty list where there is none.
+    weights), `keep_finetuned` of linear weights that stay fine-tuned although they have a Gram (the head). A pattern
+    that matches nothing in scope is a ScopeError, so give an empty list where there is none.
     """
 
     sparsity: float
     salience_weight: float = 0.8
     damping: float = 0.01
     reset: tuple[str, ...] = ("*projector*.weight",)
+    keep_finetuned: tuple[str, ...] = ("*lm_head*",)
     needs: ClassVar[EvidenceKind] = "grams"
 
     def __post_init__(self) -> None:
         require_between(self, "sparsity", 0, 1)
         require_between(self, "salience_weight", 0, 1)
-        require_between(self, "damping", 0, float("inf"))
-        object.__setattr__(self, "reset", tuple(self.reset))  # a list from a config file is as good
+        require_between(self, "damping", 0, sys.float_info.max)
+        for patterns in ("reset", "keep_finetuned"):  # a list from a config file is as good
+            object.__setattr__(self, patterns, tuple(getattr(self, patterns)))
 
     def fuse(
         self, pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], evidence: Evidence, rng: Rng
@@ -56,11 +60,12 @@ class ReleasedCode:
         """Yield tensors one by one. Raises SingularGram naming the layer, and ScopeError for a pattern in vain."""
         grams = grams_of(self, evidence).calibration
         reset = select(pretrained, self.reset) if self.reset else ()
+        kept = select(pretrained, self.keep_finetuned) if self.keep_finetuned else ()
         for name, base in pretrained.items():
             tuned = finetuned[name]
             if name in reset:
                 yield Fused(name, base, torch.zeros_like(base, dtype=torch.bool))
-            elif name not in grams:
+            elif name not in grams or name in kept:
                 yield Fused(name, tuned, None)
             elif base.ndim != 2 or grams[name].shape[0] != base.shape[1]:
                 raise TailorError(f"{name}: its Gram does not fit its shape {tuple(base.shape)}; calibrate this model")

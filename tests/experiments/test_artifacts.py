@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from experiments.artifacts import MANIFEST, REPOSITORY, Store, source_hash, write_atomically
+from experiments.artifacts import MANIFEST, Store, peak_memory_gb, reset_peak_memory, write_atomically
 from experiments.errors import ArtifactError
+from experiments.sources import REPOSITORY, closure, source_hash
 
-SOURCES = ("experiments/artifacts.py",)
+MODULES = ("experiments.artifacts",)
 
 
 def write(out: Path) -> None:
@@ -24,38 +26,45 @@ def write(out: Path) -> None:
 
 def test_an_artifact_is_built_once(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    first = store.build("stage", {"a": 1}, SOURCES, write)
-    again = store.build("stage", {"a": 1}, SOURCES, lambda out: pytest.fail("built twice"))
+    first = store.build("stage", {"a": 1}, MODULES, write)
+    again = store.build("stage", {"a": 1}, MODULES, lambda out: pytest.fail("built twice"))
     assert (first.reused, again.reused) == (False, True)
     assert again.folder == first.folder
     assert (again.folder / "result.txt").read_text() == "whole"
     manifest = json.loads((first.folder / MANIFEST).read_text())
     assert manifest["inputs"] == {"a": 1}
-    assert manifest["files"] == {"result.txt": 5}
+    assert manifest["files"]["result.txt"].startswith("5 ")
     assert {"torch", "transformers"} <= manifest["versions"].keys()
 
 
 @pytest.mark.parametrize(
-    ("store_common", "stage", "inputs", "sources"),
+    ("store_common", "stage", "inputs", "modules"),
     [
-        ({"threads": 2}, "stage", {"a": 1}, SOURCES),
-        ({"threads": 1}, "other", {"a": 1}, SOURCES),
-        ({"threads": 1}, "stage", {"a": 2}, SOURCES),
-        ({"threads": 1}, "stage", {"a": 1}, ("experiments/errors.py",)),
+        ({"threads": 2}, "stage", {"a": 1}, MODULES),
+        ({"threads": 1}, "other", {"a": 1}, MODULES),
+        ({"threads": 1}, "stage", {"a": 2}, MODULES),
+        ({"threads": 1}, "stage", {"a": 1}, ("experiments.errors",)),
     ],
-    ids=["common", "stage", "inputs", "sources"],
+    ids=["common", "stage", "inputs", "code"],
 )
-def test_every_input_is_part_of_the_key(tmp_path: Path, store_common: dict, stage: str, inputs: dict, sources) -> None:
-    known = Store(tmp_path, {"threads": 1}).build("stage", {"a": 1}, SOURCES, write)
-    other = Store(tmp_path, store_common).build(stage, inputs, sources, write)
+def test_every_input_is_part_of_the_key(tmp_path: Path, store_common: dict, stage: str, inputs: dict, modules) -> None:
+    known = Store(tmp_path, {"threads": 1}).build("stage", {"a": 1}, MODULES, write)
+    other = Store(tmp_path, store_common).build(stage, inputs, modules, write)
     assert other.folder != known.folder
     assert not other.reused
 
 
-def test_source_hash_follows_the_files() -> None:
-    assert source_hash(("tailor",)) != source_hash(("tailor/gram.py",))
-    with pytest.raises(FileNotFoundError, match="no_such"):
-        source_hash(("tailor/no_such.py",))
+def test_code_is_followed_through_its_imports() -> None:
+    found = closure(["tailor.methods.dare"])
+    assert {"tailor.methods.dare", "tailor.method", "tailor.gram", "tailor.storage", "tailor.errors"} <= set(found)
+    assert not any(name.startswith("experiments") for name in found)
+    assert "tailor.methods.magnitude" not in found
+    assert {"experiments.models.adapter", "experiments.worlds.captions"} <= set(
+        closure(["experiments.stages.pretrain"])
+    )
+    assert source_hash(["tailor.masks"]) != source_hash(["tailor.gram"])
+    with pytest.raises(ModuleNotFoundError, match="no_such"):
+        source_hash(["tailor.no_such"])
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
@@ -64,9 +73,9 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
         raise ValueError("half way")
 
     with pytest.raises(ValueError, match="half way"):
-        Store(tmp_path).build("stage", {}, SOURCES, fail)
+        Store(tmp_path).build("stage", {}, MODULES, fail)
     assert [path.name for path in (tmp_path / "artifacts/stage").iterdir() if path.is_dir()] == []
-    assert not Store(tmp_path).build("stage", {}, SOURCES, write).reused
+    assert not Store(tmp_path).build("stage", {}, MODULES, write).reused
 
 
 def test_a_killed_build_is_started_anew(tmp_path: Path) -> None:
@@ -78,13 +87,13 @@ def test_a_killed_build_is_started_anew(tmp_path: Path) -> None:
             (out / "half.txt").write_text("ha")
             print("writing", flush=True)
             time.sleep(60)
-        Store(Path({str(tmp_path)!r})).build("stage", {{}}, {SOURCES!r}, hang)
+        Store(Path({str(tmp_path)!r})).build("stage", {{}}, {MODULES!r}, hang)
     """)
     with subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGKILL)
-    artifact = Store(tmp_path).build("stage", {}, SOURCES, write)
+    artifact = Store(tmp_path).build("stage", {}, MODULES, write)
     assert not artifact.reused
     assert sorted(os.listdir(artifact.folder)) == [MANIFEST, "result.txt"]
 
@@ -99,7 +108,7 @@ def test_parallel_jobs_build_once(tmp_path: Path) -> None:
         write(out)
 
     def job() -> None:
-        reused.append(Store(tmp_path).build("stage", {}, SOURCES, slowly).reused)
+        reused.append(Store(tmp_path).build("stage", {}, MODULES, slowly).reused)
 
     jobs = [threading.Thread(target=job) for _ in range(3)]
     for each in jobs:
@@ -110,18 +119,26 @@ def test_parallel_jobs_build_once(tmp_path: Path) -> None:
     assert sorted(reused) == [False, True, True]
 
 
-@pytest.mark.parametrize("damage", [lambda p: (p / "result.txt").write_text("wh"), lambda p: (p / MANIFEST).unlink()])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "result.txt").write_text("wh"),
+        lambda folder: (folder / "result.txt").write_text("WHOLE"),
+        lambda folder: (folder / MANIFEST).unlink(),
+    ],
+    ids=["shorter", "other bytes", "no manifest"],
+)
 def test_a_damaged_artifact_is_not_trusted(tmp_path: Path, damage) -> None:
-    folder = Store(tmp_path).build("stage", {}, SOURCES, write).folder
+    folder = Store(tmp_path).build("stage", {}, MODULES, write).folder
     damage(folder)
     with pytest.raises(ArtifactError, match=rf"{folder}.*delete"):
-        Store(tmp_path).build("stage", {}, SOURCES, write)
+        Store(tmp_path).build("stage", {}, MODULES, write)
 
 
 def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file where the folder should be")
     with pytest.raises(ArtifactError, match="TAILOR_HOME"):
-        Store(tmp_path / "home").build("stage", {}, SOURCES, write)
+        Store(tmp_path / "home").build("stage", {}, MODULES, write)
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
@@ -130,8 +147,32 @@ def test_a_full_disk(tmp_path: Path) -> None:
             full.write("x" * 10_000)
 
     with pytest.raises(ArtifactError, match=r"No space left.*free some space"):
-        Store(tmp_path).build("stage", {}, SOURCES, fill)
+        Store(tmp_path).build("stage", {}, MODULES, fill)
     assert not list((tmp_path / "artifacts/stage").glob("*/"))
+
+
+def test_a_disk_that_fills_under_safetensors(tmp_path: Path) -> None:
+    def fill(out: Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(ArtifactError, match=r"No space left.*free some space"):
+        Store(tmp_path).build("stage", {}, MODULES, fill)
+
+
+def test_other_errors_of_the_system_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Store(tmp_path).build("stage", {}, MODULES, lambda out: (out / "no" / "such").read_text())
+
+
+def test_peak_memory_is_counted_from_the_reset() -> None:
+    reset_peak_memory()
+    before = peak_memory_gb()
+    block = bytearray(300_000_000)
+    after = peak_memory_gb()
+    del block
+    reset_peak_memory()
+    assert 0.25 < after - before < 0.35
+    assert peak_memory_gb() < after - 0.2
 
 
 def test_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

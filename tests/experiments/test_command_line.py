@@ -71,6 +71,17 @@ def test_a_sweep_goes_on_after_a_failed_job_and_says_so(tmp_path: Path) -> None:
     assert (sweep / "trade_off_digits_llava_digits_flickr.png").stat().st_size > 10_000
 
 
+def test_jobs_of_joblib_share_artifacts(tmp_path: Path) -> None:
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = command("experiments.run", "-m", *launcher, *SMALL, "baseline=dare,magnitude", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (tmp_path / "sweeps").iterdir()
+    stages = [run.manifest["stages"] for run in read_runs(sweep)]
+    for stage in ("base", "finetuned"):
+        assert sorted(each[stage]["reused"] for each in stages) == [False, True], stage
+        assert len({each[stage]["key"] for each in stages}) == 1
+
+
 def test_tables_without_runs_say_how_to_make_some(tmp_path: Path) -> None:
     done = command("experiments.tables", home=tmp_path)
     assert done.returncode == 1

@@ -73,18 +73,34 @@ def test_the_training_follows_the_model() -> None:
         ("threads=0", "threads=0 is less than 1"),
         ("dtype=int8", "dtype=int8 is none of float32"),
         ("seed=one", "seed"),
+        ("seed=-1", r"seed=-1 is outside \[0, 2"),
+        ("~seed", "seed not set"),
+        ("training.epochs=two", "Training.epochs: 'two' is not a whole number of at least 1"),
+        ("training.epochs=0", "Training.epochs: 0 is not a whole number of at least 1"),
+        ("training.learning_rate=abc", "Training.learning_rate: 'abc' is not a number of more than 0"),
+        ("training.learning_rate=-1e-3", "Training.learning_rate: -0.001 is not a number of more than 0"),
+        ("training.warmup=2", "Training.warmup: 2 is not a number of at least 0 and at most 1"),
+        ("training.schedule=foo", "Training.schedule: 'foo' is not one of linear, cosine"),
+        ("calibration.batch_size=0", "Calibration.batch_size: 0 is not"),
+        ("calibration.damping=-1", "Calibration.damping: -1 is not a number of at least 0"),
+        ("calibration.compare_decorators=maybe", "Calibration.compare_decorators: 'maybe' is not true or false"),
+        ("model.base.vision.steps=0", "Phase.steps: 0 is not"),
+        ("task.train.count=0", "CaptionRows.count: 0 is not"),
+        ("suite.colour.rows.split=tset", "QuestionRows.split: 'tset' is not one of train, dev, test"),
+        ("suite.colour.rows.domain=studoi", "QuestionRows.domain: 'studoi' is not one of studio, street"),
+        ("task.test.rows.style=strete", "CaptionRows.style: 'strete' is not one of everyday, street"),
         ("+learning_rate=1", "learning_rate"),
         ("+baseline.rank=3", "baseline.*unexpected keyword argument 'rank'"),
         ("+suite.colour.rows.colour=3", "suite.*unexpected keyword argument 'colour'"),
-        ("suite.colour.rows.skill=juggling", "'juggling' is none of colour, digit"),
-        ("task.train.novelty=much", "'much' is none of none, some, all, any"),
+        ("suite.colour.rows.skill=juggling", "'juggling' is not one of colour, digit"),
+        ("task.train.novelty=much", "'much' is not one of none, some, all, any"),
         ("logger.mode=sometimes", "'sometimes' is none of offline, online"),
         ("model.adapter._target_=experiments.models.no_such", "model: .*no_such"),
     ],
 )
 def test_what_does_not_fit_is_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parts_of(override)
+        parts_of("baseline=dare", override)
 
 
 def test_a_methods_own_range_is_named() -> None:

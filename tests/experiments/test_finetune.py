@@ -103,3 +103,15 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(base: Path, tmp_path: Path)
     with pytest.raises(TrainingError, match=r"step [12]: (loss|grad_norm) is .*lower training\.learning_rate"):
         training(learning_rate=1e38).finetune(ADAPTER, base, rows(), tmp_path / "out", 0, CPU)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_of_nothing_is_not_taken_for_zero(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Llava.training_batch
+
+    def without_labels(self: Llava, processor: object, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        made = batch(self, processor, samples)
+        return made | {"labels": torch.full_like(made["labels"], IGNORED)}
+
+    monkeypatch.setattr(Llava, "training_batch", without_labels)
+    with pytest.raises(TrainingError, match="step 1: loss is nan"):
+        training().finetune(ADAPTER, base, rows(), tmp_path / "out", 0, CPU)

@@ -118,6 +118,17 @@ def test_a_model_that_does_not_fit_is_told_tensor_by_tensor(tmp_path: Path) -> N
         tensor_names(model, Checkpoint(tmp_path), RENAMINGS[1:])
 
 
+def test_a_sharded_checkpoint_loads_alike(family: Family, tmp_path: Path) -> None:
+    loaded = family.load()
+    loaded.model.save_pretrained(tmp_path, max_shard_size="200KB")
+    loaded.processor.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    sharded = family.adapter.load(tmp_path, torch.float32, torch.device("cpu"))
+    assert sharded.tensor_names == loaded.tensor_names
+    for name, parameter in loaded.parameters.items():
+        assert torch.equal(parameter, sharded.parameters[name]), name
+
+
 def linear_layers(loaded: Loaded) -> list[str]:
     modules = dict(loaded.model.named_modules())
     return [

@@ -74,6 +74,18 @@ def test_parameters_are_counted_in_fitting_units(count: float, text: str) -> Non
     assert _cell(count, float("nan"), as_count=True) == text
 
 
+def test_two_runs_of_one_row_are_not_averaged(sweep: Path) -> None:
+    fake_run(sweep / "11", "zero_shot", 1, 50, 50)
+    with pytest.raises(RunsError, match="two runs claim the same row: zero_shot on m and t, seed 1"):
+        collect(read_runs(sweep))
+
+
+def test_a_row_with_fewer_seeds_says_so(sweep: Path) -> None:
+    fake_run(sweep / "11", "dare", 1, 50, 50)
+    names = [name for name, _ in lay_out(collect(read_runs(sweep)), "title").rows]
+    assert names == ["zero_shot", "tailor omega=0.5", "dare (n=1)"]
+
+
 def test_a_missing_cell_is_shown_as_missing(sweep: Path) -> None:
     numbers = collect(read_runs(sweep))
     holes = numbers[~((numbers["method"] == "zero_shot") & (numbers["column"] == "old"))]
@@ -137,6 +149,12 @@ def test_the_trade_off_is_drawn_with_and_without_seeds(sweep: Path) -> None:
     numbers = collect(read_runs(sweep))
     for name, part in (("all", numbers), ("one", numbers[numbers["seed"] == 0])):
         assert draw_trade_off(part, "title", sweep / f"{name}.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_runs_on_different_data_are_shown(run_small: RunSmall, tmp_path: Path) -> None:
+    for count in (5, 4):
+        run_small("digits_llava", "digits_flickr", "baseline=magnitude", f"suite.colour.rows.count={count}")
+    assert show(tmp_path, Console(width=200, record=True))
 
 
 def test_a_real_run_is_shown_whole(run_small: RunSmall) -> None:

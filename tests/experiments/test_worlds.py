@@ -6,6 +6,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from experiments.errors import ConfigError, TrainingError
+from experiments.models.adapter import Sample
+from experiments.models.llava import Llava
 from experiments.stages.pretrain import DigitsLlava, Phase, optimise, own_turn, pack
 from experiments.worlds import scenes, tiny_models
 from experiments.worlds.captions import caption, references
@@ -40,8 +42,8 @@ def test_questions_about_a_scene_have_the_answers_one_sees() -> None:
         ("is there a bottom left number ?", "no"),
         ("is there a bottom right number ?", "yes"),
         ("how many numbers ?", "two"),
-        ("which number is red ?", "three"),
-        ("which number is blue ?", "eight"),
+        ("what colour is opposite bottom right ?", "red"),
+        ("what colour is opposite top left ?", "blue"),
         ("which fruit has the colour of top left ?", "cherry"),
         ("which fruit has the colour of bottom right ?", "plum"),
     }
@@ -93,7 +95,7 @@ def test_test_scenes_show_other_handwriting_than_training_scenes() -> None:
 def test_rows_have_the_real_data_sets_columns() -> None:
     captions = CaptionRows("test", "street", "street", "any", 3).load()
     questions = QuestionRows("test", "studio", "colour", 3, single_answer=False).load()
-    single = QuestionRows("test", "studio", "which_is", 3, single_answer=True).load()
+    single = QuestionRows("test", "studio", "opposite", 3, single_answer=True).load()
     assert set(captions.column_names) == {"image", "image_id", "captions"}
     assert set(questions.column_names) == {"image", "question_id", "question", "answers"}
     assert set(single.column_names) == {"image", "id", "question", "answer"}
@@ -109,7 +111,7 @@ def test_more_rows_begin_with_the_fewer() -> None:
 
 
 def test_an_unknown_skill_is_named() -> None:
-    with pytest.raises(ConfigError, match="'sing' is none of colour"):
+    with pytest.raises(ConfigError, match="'sing' is not one of colour"):
         QuestionRows("test", "studio", "sing", 3, single_answer=False)
 
 
@@ -143,6 +145,16 @@ def test_packed_questions_cost_what_single_ones_do() -> None:
     together = logits(pairs)
     apart = torch.cat([logits([pair]) for pair in pairs])
     assert torch.allclose(together, apart, atol=1e-5)
+
+
+def test_pretraining_asks_as_the_adapter_does() -> None:
+    _, processor = tiny_models.llava(vocabulary())
+    rng = generator("same conversation")
+    image = render(SCENE, rng, "train")
+    for prompt, answer in turns(SCENE, rng):
+        packed, _, _, _ = pack(processor.tokenizer, [(prompt, answer)])
+        batch = Llava("digits_llava", system="").training_batch(processor, [Sample(image, prompt, answer)])
+        assert batch["input_ids"][0].tolist() == packed
 
 
 def test_pretraining_is_deterministic(tmp_path) -> None:

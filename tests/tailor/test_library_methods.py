@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tailor.decorate import DECORATORS, decorate, layer_error
-from tailor.errors import InvalidSetting, ScopeError, SingularGram, TailorError
+from tailor.errors import InvalidSetting, NotFinite, ScopeError, SingularGram, TailorError
 from tailor.fuse import fuse_to_patch, fused_tensors
 from tailor.gram import GramAccumulator, Grams, damp
 from tailor.masks import top_fraction
@@ -63,7 +63,7 @@ def at(sparsity: float) -> list[Method]:
         Grafting(sparsity, steps=2),
         *(Tailor(sparsity, decorator=decorator) for decorator in DECORATORS),
         Tailor(sparsity, omega=1.0, decorator="exact", compare_decorators=True),
-        ReleasedCode(sparsity, reset=("first.bias",)),
+        ReleasedCode(sparsity, reset=("first.bias",), keep_finetuned=()),
     ]
 
 
@@ -320,6 +320,20 @@ class TestGrafting:
         list(Grafting(0.5, steps=5, learning_rate=0.0).fuse(base, tuned, task, Rng()))
         assert task.scored == 1
 
+    @pytest.mark.parametrize("broken", ["gradient", "score"])
+    def test_what_is_not_finite_is_an_error(self, broken):
+        class Broken(QuadraticTask):
+            def gradient(self, weights):
+                found = super().gradient(weights)
+                return {name: each * float("nan") for name, each in found.items()} if broken == "gradient" else found
+
+            def score(self, weights):
+                return float("nan") if broken == "score" else super().score(weights)
+
+        base, tuned = {"w": torch.zeros(4)}, {"w": torch.arange(4.0)}
+        with pytest.raises(NotFinite, match=broken):
+            list(Grafting(0.5, steps=2).fuse(base, tuned, Broken(tuned), Rng()))
+
 
 class TestReleasedCode:
     def test_against_a_loop_over_entries(self, make_layer):
@@ -329,7 +343,7 @@ class TestReleasedCode:
         accumulator = GramAccumulator()
         accumulator.add(layer.inputs)
         evidence = GramEvidence(Grams.collect({"w": "w"}, {"w": accumulator}))
-        (fused,) = ReleasedCode(0.2, reset=()).fuse({"w": base}, {"w": tuned}, evidence, Rng())
+        (fused,) = ReleasedCode(0.2, reset=(), keep_finetuned=()).fuse({"w": base}, {"w": tuned}, evidence, Rng())
 
         upper = torch.linalg.cholesky(layer.gram.double().inverse()).mT
         weight, start = tuned.double().clone(), base.double()
@@ -352,18 +366,22 @@ class TestReleasedCode:
         torch.testing.assert_close(fused.tensor[mask].double(), weight[mask], rtol=1e-3, atol=1e-4)
 
     def test_other_tensors_stay_finetuned_and_the_projector_goes_back(self, make_model):
-        fused = run(ReleasedCode(0.2, reset=["embed.*"]), make_model())
+        fused = run(ReleasedCode(0.2, reset=["embed.*"], keep_finetuned=[]), make_model())
         assert not fused["embed.weight"].mask.any()
         assert fused["first.bias"].mask is None and fused["norm.weight"].mask is None
         with pytest.raises(ScopeError, match="projector"):
             run(ReleasedCode(0.2), make_model())
+
+    def test_a_head_stays_finetuned_though_it_has_a_gram(self, make_model):
+        fused = run(ReleasedCode(0.2, reset=[], keep_finetuned=["first.weight"]), make_model())
+        assert fused["first.weight"].mask is None
 
     def test_inputs_that_never_fired(self, make_model):
         model = make_model()
         accumulator = GramAccumulator()
         accumulator.add(torch.randn(30, 6) * torch.tensor([1.0, 0, 1, 1, 0, 1]))
         dead = GramEvidence(Grams.collect({"first.weight": "first"}, {"first": accumulator}))
-        run(ReleasedCode(0.5, reset=()), dataclasses.replace(model, evidence=dead))
+        run(ReleasedCode(0.5, reset=(), keep_finetuned=()), dataclasses.replace(model, evidence=dead))
 
 
 def test_rng_depends_on_seed_and_name_alone():

@@ -28,6 +28,7 @@ from experiments.runs import Run, read_runs
 from experiments.stages.fuse import REPORT
 from experiments.tables import newest_sweep
 from experiments.worlds.digits import CaptionRows, sixth_captions
+from tailor.decorate import DECORATORS
 
 QUESTION_BAR = 70.0
 HUMAN_SHARE_BAR = 0.8
@@ -93,11 +94,13 @@ def _decorated(place: str, run: Run) -> Iterator[Promise]:
         if counts is None:
             continue
         layers = counts["layer_count"]
-        order = ", ".join(f"{pair} {count}/{layers}" for pair, count in counts.items() if pair != "layer_count")
+        errors = [row["errors"][tokens] for row in report["tensors"] if row["errors"]]
+        found = ", ".join(f"{how} {fmean(each[how] for each in errors):.3f}" for how in DECORATORS)
+        found += "; " + ", ".join(f"{pair} {count}/{layers}" for pair, count in counts.items() if pair != "layer_count")
         # The optimum holds on the tokens it is computed on; on others it is a finding.
         kept = tokens != "calibration" or counts["exact<=sparsegpt"] == counts["exact<=none"] == layers
         bar = "exact first on all layers" if tokens == "calibration" else "–"
-        yield Promise(f"{place}, {run.label}: {tokens} error", bar, order, kept)
+        yield Promise(f"{place}, {run.label}: mean layer error, {tokens} tokens", bar, found, kept)
 
 
 def run_style(run: Run) -> str:

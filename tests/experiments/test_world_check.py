@@ -45,11 +45,14 @@ def test_learning_and_forgetting_by_hand(
 def test_a_layer_on_which_exact_is_not_first_breaks_the_promise(tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", [1], 1, "CIDEr")
     counts = {"layer_count": 9, "exact<=sparsegpt": 8, "sparsegpt<=none": 9, "exact<=none": 9}
-    report = {"method": "Tailor", "decorator_order": {"calibration": counts, "held_out": counts}}
+    errors = {tokens: {"none": 0.5, "sparsegpt": 0.25, "exact": 0.125} for tokens in ("calibration", "held_out")}
+    tensors = [{"errors": None}, {"errors": errors}]
+    report = {"method": "Tailor", "decorator_order": {"calibration": counts, "held_out": counts}, "tensors": tensors}
     (run.folder / "fusion_report.json").write_text(json.dumps(report))
     calibration, held_out = _decorated("here", run)
     assert not calibration.kept
     assert "exact<=sparsegpt 8/9" in calibration.found
+    assert "none 0.500, sparsegpt 0.250, exact 0.125" in calibration.found
     assert held_out.kept, "on tokens that it was not computed on the optimum is a finding"
 
 

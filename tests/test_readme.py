@@ -49,6 +49,10 @@ def test_the_example_of_a_new_method(tmp_path: Path) -> None:
         assert torch.allclose(fused[name], base[name] + 0.25)
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "@@" not in README
+
+
 def test_every_file_and_target_it_names_is_there() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE):

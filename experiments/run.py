@@ -13,7 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.artifacts import writing
+from experiments.artifacts import versions, writing
 from experiments.errors import FORESEEN
 from experiments.runs import RememberFolder, read_runs, recorded
 from experiments.schema import experiment
@@ -27,7 +27,7 @@ def job(composed: DictConfig) -> None:
     runtime = HydraConfig.get().runtime
     folder = Path(runtime.output_dir)
     try:
-        with recorded(folder, choices=dict(runtime.choices), overrides=overrides()) as record:
+        with recorded(folder, choices=dict(runtime.choices), overrides=overrides(), versions=versions()) as record:
             parts = experiment(composed, runtime.choices)
             record.update(seed=parts.seed)
             OmegaConf.save(OmegaConf.create(dict(parts.config)), folder / "config.yaml")

@@ -76,6 +76,7 @@ def test_jobs_of_joblib_share_artifacts(tmp_path: Path) -> None:
     done = command("experiments.run", "-m", *launcher, *SMALL, "baseline=dare,magnitude", home=tmp_path)
     assert done.returncode == 0, done.stderr
     (sweep,) = (tmp_path / "sweeps").iterdir()
+    assert all(run.manifest["versions"].keys() >= {"python", "torch", "transformers"} for run in read_runs(sweep))
     stages = [run.manifest["stages"] for run in read_runs(sweep)]
     for stage in ("base", "finetuned"):
         assert sorted(each[stage]["reused"] for each in stages) == [False, True], stage

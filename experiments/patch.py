@@ -75,14 +75,14 @@ def flip(folder: Path, patch_file: Path, out: Path, *, removing: bool) -> None:
 def info(patch_file: Path) -> None:
     """Prints header, counts and the size of each tensor's changes."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
+    from experiments.console import console
+
     patch = load(patch_file)
-    # Piped into a file the table keeps its width instead of being squeezed into 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    out = console(width=200, markup=False)
     for key, value in patch.header.items():
-        console.print(f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+        out.print(f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
     table = Table()
     for column in ("tensor", "dtype", "shape", "entries", "changed", "share", "size", "of tensor"):
         table.add_column(column, justify="left" if column in ("tensor", "dtype", "shape") else "right")
@@ -95,10 +95,10 @@ def info(patch_file: Path) -> None:
         cells = (f"{entries:,}", f"{changed:,}", f"{changed / entries:.2%}", size(stored_bytes(entry)))
         table.add_row(name, entry.dtype, shape, *cells, f"{stored_bytes(entry) / tensor_bytes:.3f}")
     if patch.tensors:
-        console.print(table)
+        out.print(table)
     file_bytes = patch_file.stat().st_size
     share = f", {file_bytes / whole:.3f} of these tensors' {size(whole)}" if whole else ""
-    console.print(f"{summary(patch)}; file {size(file_bytes)}{share}", soft_wrap=True)
+    out.print(f"{summary(patch)}; file {size(file_bytes)}{share}", soft_wrap=True)
 
 
 def load(path: Path) -> Patch:

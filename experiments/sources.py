@@ -5,17 +5,11 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("tailor", "evaluation", "experiments")
-
-
-class Module(NamedTuple):
-    sha256: str
-    imports: frozenset[str]
 
 
 def closure(modules: Iterable[str]) -> tuple[str, ...]:
@@ -24,11 +18,11 @@ def closure(modules: Iterable[str]) -> tuple[str, ...]:
     todo = list(modules)
     while todo:
         name = todo.pop()
-        if name not in _MODULES:
+        if name not in _CODE:
             raise ModuleNotFoundError(f"{name} is no module of {', '.join(PACKAGES)} in {REPOSITORY}")
         if name not in found:
             found.add(name)
-            todo += _MODULES[name].imports
+            todo += _imports(name)
     return tuple(sorted(found))
 
 
@@ -36,20 +30,15 @@ def source_hash(modules: Iterable[str]) -> str:
     """sha256 over the code of the `closure`."""
     digest = hashlib.sha256()
     for name in closure(modules):
-        digest.update(f"{name}\0{_MODULES[name].sha256}\0".encode())
+        digest.update(f"{name}\0{hashlib.sha256(_CODE[name]).hexdigest()}\0".encode())
     return digest.hexdigest()
 
 
-def _read() -> Iterator[tuple[str, Module]]:
-    paths = {
-        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
-        for package in PACKAGES
-        for path in (REPOSITORY / package).rglob("*.py")
-    }
-    for name, path in paths.items():
-        code = path.read_bytes()
-        imported = {found for node in ast.walk(ast.parse(code)) for found in _imported(node) if found in paths}
-        yield name, Module(hashlib.sha256(code).hexdigest(), frozenset(imported))
+@cache
+def _imports(name: str) -> frozenset[str]:
+    """The modules of this project that a module imports, wherever in its code."""
+    nodes = ast.walk(ast.parse(_CODE[name]))
+    return frozenset(found for node in nodes for found in _imported(node) if found in _CODE)
 
 
 def _imported(node: ast.AST) -> Iterator[str]:
@@ -60,5 +49,9 @@ def _imported(node: ast.AST) -> Iterator[str]:
         yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-# Read once, when the process starts: what a file says hours later is not the code that runs.
-_MODULES = MappingProxyType(dict(_read()))
+# Read when the process starts: what a file says hours later is not the code that runs.
+_CODE = {
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path.read_bytes()
+    for package in PACKAGES
+    for path in (REPOSITORY / package).rglob("*.py")
+}

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.artifacts import write_atomically
+from experiments.console import console
 from experiments.errors import FORESEEN, RunsError
 from experiments.runs import Run, read_runs
 from experiments.stages.fuse import REPORT
@@ -129,7 +130,7 @@ def newest_sweep() -> Path:
     return sweeps[-1]
 
 
-def show(folder: Path, console: Console) -> bool:
+def show(folder: Path, out: Console) -> bool:
     """Prints tables and draws figures of the runs in ``folder``; True if every run there has finished."""
     from experiments.figures import draw_examples, draw_trade_off  # matplotlib: only for those who draw
 
@@ -145,7 +146,7 @@ def show(folder: Path, console: Console) -> bool:
         seeds = part["seed"].nunique()
         over = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
         layout = lay_out(part, f"{model} fine-tuned on {task}{over} (* target)")
-        console.print(layout.terminal())
+        out.print(layout.terminal())
         tables.append(layout.markdown())
         here = [
             run
@@ -159,10 +160,10 @@ def show(folder: Path, console: Console) -> bool:
     write_atomically(folder / "table.md", "\n".join(tables))
     for run in runs:
         if not run.finished:
-            console.print(f"[red]{run.manifest['status']}[/]: {run.label} ({run.folder}): {_reason(run)}")
-    console.print(f"runs: {folder}", soft_wrap=True)
+            out.print(f"[red]{run.manifest['status']}[/]: {run.label} ({run.folder}): {_reason(run)}")
+    out.print(f"runs: {folder}", soft_wrap=True)
     for path in written:
-        console.print(f"      {path.name}", soft_wrap=True)
+        out.print(f"      {path.name}", soft_wrap=True)
     return len(finished) == len(runs)
 
 
@@ -174,10 +175,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tables and figures of finished runs.")
     parser.add_argument("folder", type=Path, nargs="?", help="folder of a sweep or a run (default: the newest sweep)")
     arguments = parser.parse_args()
-    # Piped into a file the table keeps its width instead of being squeezed into 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     try:
-        whole = show(arguments.folder or newest_sweep(), console)
+        whole = show(arguments.folder or newest_sweep(), console(width=200))
     except FORESEEN as error:
         sys.exit(f"error: {error}")
     sys.exit(0 if whole else 1)

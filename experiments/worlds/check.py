@@ -18,10 +18,10 @@ from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from evaluation.records import Score
+from experiments.console import console
 from experiments.data import BenchmarkData
 from experiments.errors import FORESEEN, RunsError
 from experiments.runs import Run, read_runs
@@ -134,7 +134,7 @@ def main() -> None:
     table = Table("what", "bar", "found", "")
     for promise in dict.fromkeys(found):
         table.add_row(promise.what, promise.bar, promise.found, "[green]✓[/]" if promise.kept else "[red]✗[/]")
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    console(width=140).print(table)
     sys.exit(0 if all(promise.kept for promise in found) else 1)
 
 

@@ -15,28 +15,10 @@ from torch import Tensor
 
 from experiments import patch as command
 from tailor.patch import Patch
+from tests.checkpoints import COMPANION, COMPANION_BYTES, write_folder
 from tests.experiments.conftest import ROOT
 
 Weights = dict[str, Tensor]
-
-
-def write_folder(folder: Path, tensors: Weights, shards: int = 1) -> Path:
-    """A checkpoint folder, without the library's own writer."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"made_for": folder.name}))
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "merges.bpe").write_bytes(b"\x00\r\n\xff")
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        return folder
-    shard_of = {}
-    for number in range(shards):
-        shard = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        names = list(tensors)[number::shards]
-        save_file({name: tensors[name] for name in names}, folder / shard, {"format": "pt"})
-        shard_of.update(dict.fromkeys(names, shard))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
-    return folder
 
 
 def read_folder(folder: Path) -> Weights:
@@ -118,7 +100,7 @@ def test_round_trip(
     assert printed.err == ""
     for folder, of in (("applied", "base"), ("removed", "fused"), ("there_and_back", "base")):
         assert json.loads((tmp_path / folder / "config.json").read_text()) == {"made_for": of}
-        assert (tmp_path / folder / "tokenizer" / "merges.bpe").read_bytes() == b"\x00\r\n\xff"
+        assert (tmp_path / folder / COMPANION).read_bytes() == COMPANION_BYTES
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

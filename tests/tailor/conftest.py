@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tailor.gram import GramAccumulator, Grams
 from tailor.method import GramEvidence
+from tests.checkpoints import write_folder
 
 
 @pytest.fixture(autouse=True)
@@ -94,23 +93,4 @@ def make_model() -> Callable[..., Model]:
 @pytest.fixture
 def write_checkpoint() -> Callable[..., Path]:
     """Write tensors as a checkpoint folder of so many shards, without the library's own writer."""
-
-    def write(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> Path:
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps({"made_for": folder.name}))
-        (folder / "processor").mkdir()
-        (folder / "processor" / "vocabulary.txt").write_bytes(b"a\r\nb\x00\xff")
-        if shards == 1:
-            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-            return folder
-        shard_of = {}
-        for number in range(shards):
-            shard = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-            names = list(tensors)[number::shards]
-            save_file({name: tensors[name] for name in names}, folder / shard, {"format": "pt"})
-            shard_of.update(dict.fromkeys(names, shard))
-        index = {"metadata": {}, "weight_map": shard_of}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        return folder
-
-    return write
+    return write_folder

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from datasets import Dataset
 from PIL.Image import Image
 
 from evaluation.benchmarks.captions import Captions
@@ -16,6 +15,9 @@ from evaluation.prompts import Instruction, instruction
 from evaluation.records import Example
 from experiments.errors import ConfigError
 from experiments.models.adapter import Sample
+
+if TYPE_CHECKING:  # its import takes seconds, and a fusion without samples needs none of it
+    from datasets import Dataset
 
 
 class Rows(Protocol):

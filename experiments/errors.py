@@ -26,6 +26,10 @@ class ModelError(ExperimentError):
     """A model whose parameters and checkpoint don't fit each other, or the adapter."""
 
 
+class SampleError(ExperimentError):
+    """A file of samples, or an image that it names, that can't be read."""
+
+
 class RunsError(ExperimentError):
     """No finished run to read, or a run folder that can't be read."""
 

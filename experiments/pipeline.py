@@ -6,11 +6,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -21,13 +19,13 @@ from evaluation.records import Score, read_predictions, write_predictions
 from evaluation.score import score_predictions
 from experiments.artifacts import Artifact, Store
 from experiments.data import BenchmarkData, check_suite, identity, module_of
-from experiments.errors import ConfigError
-from experiments.models.adapter import Loaded, Sample
-from experiments.runs import SCORES, Record
+from experiments.models.adapter import Loaded, Placement, Sample, device_of
+from experiments.runs import SCORES, Builds, Record
 from experiments.schema import Experiment
-from experiments.stages.calibrate import collect_grams, draw
+from experiments.stages.calibrate import draw
 from experiments.stages.evaluate import generate
 from experiments.stages.fuse import PATCH, REPORT, Weights, fuse_into, fused_weights
+from experiments.stages.grams import collect_grams
 from experiments.stages.target import TargetLoss
 from tailor.checkpoint import Checkpoint
 from tailor.gram import Grams
@@ -49,7 +47,9 @@ def run(parts: Experiment, folder: Path, record: Record) -> None:
     for left in (PATCH, REPORT, SCORES):  # by an earlier run in this folder
         (folder / left).unlink(missing_ok=True)
     shutil.rmtree(folder / "predictions", ignore_errors=True)
-    pipeline = Pipeline(parts, Store(Path(parts.home), {"threads": parts.threads}), record, _device(parts.device))
+    pipeline = Pipeline(
+        parts, Builds(Store(Path(parts.home), {"threads": parts.threads}), record), device_of(parts.device)
+    )
     fusion, weights = pipeline.fused()
     scores = pipeline.scores(weights, fusion.key, folder / "predictions")
     shutil.copyfile(fusion.folder / REPORT, folder / REPORT)
@@ -69,8 +69,7 @@ class Pipeline:
     """The stages of one run. Each is a function of artifacts before it, and is looked up before it is built."""
 
     parts: Experiment
-    store: Store
-    record: Record
+    builds: Builds
     device: torch.device
 
     @cached_property
@@ -80,7 +79,7 @@ class Pipeline:
         def make(out: Path) -> None:
             base.build(out / CHECKPOINT)
 
-        return self._build("base", {"base": identity(base)}, [module_of(base)], make)
+        return self.builds.build("base", {"base": identity(base)}, [module_of(base)], make)
 
     @cached_property
     def finetuned(self) -> Artifact:
@@ -94,7 +93,7 @@ class Pipeline:
             )
             pd.DataFrame({"step": range(1, len(losses) + 1), "loss": losses}).to_csv(out / "losses.csv", index=False)
 
-        return self._build("finetuned", inputs, [module_of(parts.training), *self._task_modules], make)
+        return self.builds.build("finetuned", inputs, [module_of(parts.training), *self._task_modules], make)
 
     @property
     def tuned(self) -> Artifact:
@@ -114,7 +113,7 @@ class Pipeline:
                 grams = collect_grams(adapter, loaded, self._samples(name), layers, batch_size, f"calibrate ({name})")
                 grams.save(out / f"{name}.safetensors")
 
-        return self._build("grams", inputs, [collect_grams.__module__, *self._task_modules], make)
+        return self.builds.build("grams", inputs, [collect_grams.__module__, *self._task_modules], make)
 
     def fused(self) -> tuple[Artifact, Weights]:
         parts, method = self.parts, self.parts.method
@@ -137,7 +136,7 @@ class Pipeline:
         modules = [module_of(method), fuse_into.__module__]
         if method.needs == "gradients":
             modules += [TargetLoss.__module__, *self._task_modules]
-        fusion = self._build("fused", inputs, modules, make)
+        fusion = self.builds.build("fused", inputs, modules, make)
         return fusion, fused_weights(method, self._base_folder, self.tuned.folder / CHECKPOINT, fusion.folder)
 
     def scores(self, weights: Weights, fusion_key: str, predictions: Path) -> list[Score]:
@@ -173,7 +172,7 @@ class Pipeline:
             write_predictions(out / "predictions.jsonl", answers)
 
         modules = [generate.__module__, *map(module_of, (adapter, data, data.benchmark, data.rows, Patch))]
-        return self._build(f"answers/{data.name}", inputs, modules, make)
+        return self.builds.build(f"answers/{data.name}", inputs, modules, make)
 
     def _score(self, data: BenchmarkData, predictions: Path) -> Score:
         style = self.parts.model.adapter.prompt_style
@@ -199,7 +198,7 @@ class Pipeline:
         return None
 
     def _load(self, weights: Weights, dtype: torch.dtype) -> Loaded:
-        loaded = self.parts.model.adapter.load(weights.folder, dtype, self.device)
+        loaded = self.parts.model.adapter.load(weights.folder, dtype, Placement(self.device))
         if weights.patch is not None:
             loaded.set_weights(Patch.load(weights.patch).apply_to(Checkpoint(weights.folder)))
         return loaded
@@ -233,29 +232,6 @@ class Pipeline:
         parts, task = self.parts, self.parts.task
         rows = task.samples(task.dev if setting == "held_out" else task.train, parts.model.adapter.prompt_style)
         return draw(rows, getattr(parts.calibration, setting), parts.seed, f"calibration.{setting}")
-
-    def _build(
-        self, stage: str, inputs: Mapping[str, Any], modules: Iterable[str], make: Callable[[Path], None]
-    ) -> Artifact:
-        artifact = self.store.build(stage, inputs, modules, make)
-        stages = self.record.content.setdefault("stages", {})
-        stages[stage] = {
-            "key": artifact.key,
-            "reused": artifact.reused,
-            "seconds": artifact.seconds,
-            "peak_memory_gb": artifact.peak_memory_gb,
-        }
-        self.record.update()
-        log.info("%-24s %s %s", stage, artifact.key, "reused" if artifact.reused else f"{artifact.seconds:.1f} s")
-        return artifact
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # no such kind of device, or none of it here
-        finding = str(error).splitlines()[0]
-        raise ConfigError(f"device={name}: {finding}; choose cpu or a device of this machine") from error
 
 
 def _link(source: Path, target: Path) -> None:

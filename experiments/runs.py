@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from evaluation.records import Score
-from experiments.artifacts import MANIFEST, write_atomically
+from experiments.artifacts import MANIFEST, Artifact, Store, write_atomically
 from experiments.errors import FORESEEN, RunsError
 
+log = logging.getLogger(__name__)
 SCORES = "scores.json"
 
 
@@ -55,6 +58,37 @@ class Record:
     def update(self, **changes: Any) -> None:
         self.content.update(changes)
         write_atomically(self.folder / MANIFEST, json.dumps(self.content, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Builds:
+    """A store of artifacts whose every use is noted in a run's record, and told."""
+
+    store: Store
+    record: Record
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def build(
+        self,
+        stage: str,
+        inputs: Mapping[str, Any],
+        modules: Iterable[str],
+        make: Callable[[Path], None],
+        label: str | None = None,
+    ) -> Artifact:
+        """`Store.build`. ``label`` names it in the record, where a run builds several of one stage."""
+        artifact = self.store.build(stage, inputs, modules, make)
+        with self._lock:
+            self.record.content.setdefault("stages", {})[label or stage] = {
+                "key": artifact.key,
+                "reused": artifact.reused,
+                "seconds": artifact.seconds,
+                "peak_memory_gb": artifact.peak_memory_gb,
+            }
+            self.record.update()
+        how = "reused" if artifact.reused else f"{artifact.seconds:.1f} s"
+        log.info("%-24s %s %s", label or stage, artifact.key, how)
+        return artifact
 
 
 @contextmanager

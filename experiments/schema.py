@@ -67,11 +67,11 @@ class Experiment:
 
 def experiment(composed: DictConfig, choices: Mapping[str, str]) -> Experiment:
     """The parts of a composed configuration. Raises ConfigError naming the key or group, or what a part raises."""
-    config = strict(composed)
+    config = strict(composed, RunConfig)
     _check_ranges(config)
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
-    parts = {group: _instantiate(group, resolved[group]) for group in GROUPS}
+    parts = {group: instantiate_group(group, resolved[group]) for group in GROUPS}
     return Experiment(
         model=parts["model"],
         task=parts["task"],
@@ -91,21 +91,22 @@ def experiment(composed: DictConfig, choices: Mapping[str, str]) -> Experiment:
     )
 
 
-def strict(composed: DictConfig) -> Any:
-    """``composed`` under the schema's types. A key that the schema lacks is an error, ``+key=`` included."""
+def strict(composed: DictConfig, schema: type) -> Any:
+    """``composed`` under the types of ``schema``. A key that it lacks is an error, ``+key=`` included."""
     try:
         plain = OmegaConf.to_container(composed)  # as a DictConfig it would bring its own unknown keys along
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
         OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
-        known = ", ".join(field.name for field in fields(RunConfig))
+        known = ", ".join(field.name for field in fields(schema))
         raise ConfigError(f"configuration: {str(error).splitlines()[0]} (the keys are {known})") from error
     if missing := sorted(OmegaConf.missing_keys(merged)):
         raise ConfigError(f"configuration: {', '.join(missing)} not set; name a value or an option")
     return merged
 
 
-def _check_ranges(config: Any) -> None:
+def share_problems(config: Any) -> list[str]:
+    """What is wrong with the values that all configurations of fusions have."""
     problems = [
         f"{name}={getattr(config, name)} is outside [0, 1]"
         for name in ("sparsity", "omega")
@@ -113,6 +114,11 @@ def _check_ranges(config: Any) -> None:
     ]
     if not 0 <= config.seed < 2**32:
         problems.append(f"seed={config.seed} is outside [0, 2³²)")
+    return problems
+
+
+def _check_ranges(config: Any) -> None:
+    problems = share_problems(config)
     problems += [f"{name}={value} is less than 1" for name in ("threads", "batch_size") if (value := config[name]) < 1]
     if config.dtype not in DTYPES:
         problems.append(f"dtype={config.dtype} is none of {', '.join(DTYPES)}")
@@ -120,7 +126,8 @@ def _check_ranges(config: Any) -> None:
         raise ConfigError(f"configuration: {'; '.join(problems)}")
 
 
-def _instantiate(group: str, node: Any) -> Any:
+def instantiate_group(group: str, node: Any) -> Any:
+    """What a group's node makes. Raises ConfigError, or the foreseen error that a part raised."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 

@@ -39,3 +39,7 @@ class SingularGram(TailorError):
 
 class PatchError(TailorError):
     """A patch is unreadable or does not fit the weights it is applied to."""
+
+
+class PrecisionLoss(TailorError):
+    """A dtype too coarse to hold what fine-tuning changed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +110,17 @@ class Grams(Mapping[str, Tensor]):
         matrices = {key: accumulators[key].finish(damping=0.0) for key in used}
         return cls(dict(layers), matrices, {key: accumulators[key].token_count for key in used})
 
+    @classmethod
+    def joined(cls, parts: Iterable[Grams]) -> Grams:
+        """All layers of several, which must be different ones; nothing is read."""
+        parts = list(parts)
+        keys_of_layers = {layer: key for part in parts for layer, key in part.keys_of_layers.items()}
+        if len(keys_of_layers) < sum(len(part) for part in parts):
+            raise TailorError("Grams: a layer is in two of the sets to join; join sets of different layers")
+        # A key is the name of one of its layers, so different layers have different keys.
+        token_counts = {key: count for part in parts for key, count in part.token_counts.items()}
+        return cls(keys_of_layers, _Joined(parts), token_counts)
+
     def __getitem__(self, layer: str) -> Tensor:
         return self.matrices[self.keys_of_layers[layer]]
 
@@ -139,3 +150,19 @@ class Grams(Mapping[str, Tensor]):
         if not {"layers", "token_counts"} <= header.keys():
             raise CheckpointError(f"{file.path}: not a file of Grams; give the one that calibration wrote")
         return cls(header["layers"], file, header["token_counts"])
+
+
+class _Joined(Mapping[str, Tensor]):
+    """Key -> Gram over several sets, each read as it is asked for."""
+
+    def __init__(self, parts: Iterable[Grams]) -> None:
+        self._sources = {key: part.matrices for part in parts for key in part.matrices}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._sources[key][key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)

@@ -22,12 +22,14 @@ class GramEvidence:
 
     `calibration` and `held_out` are of the target task: to calibrate on, and others on which errors are reported too.
     `retain` is of samples of old tasks, or general-purpose ones, run through the pretrained model; only a method that
-    `sees_old_tasks` may be given it.
+    `sees_old_tasks` may be given it. With `is_share`, the scope is one of several shares of a fusion, and may well hold
+    no layer that has a Gram; otherwise that is an error.
     """
 
     calibration: Grams
     held_out: Grams | None = None
     retain: Grams | None = None
+    is_share: bool = False
 
 
 @runtime_checkable
@@ -79,7 +81,8 @@ class Method(Protocol):
     """A fusion method: a frozen dataclass whose fields are its hyperparameters.
 
     One that learns from samples of old tasks says so by a class variable, `sees_old_tasks = True`: it competes with
-    more knowledge than the others, and results must show that. Others need not mention it.
+    more knowledge than the others, and results must show that. One for which a tensor's outcome depends on what else is
+    in scope (a ranking over all, say) has `is_separable = False`. Others need not mention either.
     """
 
     needs: ClassVar[EvidenceKind]
@@ -103,6 +106,11 @@ def difference(base: Tensor, tuned: Tensor) -> Tensor:
 def sees_old_tasks(method: Method) -> bool:
     """Whether the method learns from samples of old tasks, and not from the target task alone."""
     return bool(getattr(method, "sees_old_tasks", False))
+
+
+def is_separable(method: Method) -> bool:
+    """Whether fusing disjoint scopes one by one gives the tensors that fusing their union gives."""
+    return bool(getattr(method, "is_separable", True))
 
 
 def grams_of(method: Method, evidence: Evidence) -> GramEvidence:

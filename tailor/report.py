@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tailor.method import Method
 
-Fate = Literal["fused", "kept", "copied"]
+Fate = Literal["fused", "kept", "copied", "tied"]
 
 
 @dataclass(frozen=True)
 class TensorReport:
     """One tensor.
 
-    `fate`: `fused` by the method, `kept` (in scope, but fine-tuning left it as it was) or `copied` from the pretrained
-    checkpoint. `mask_count` entries were chosen, of which `changed_count` differ from the base in their bits. `facts`
-    are the method's: `token_count`, `errors`, `flipped_count`.
+    `fate`: `fused` by the method, `kept` (in scope, but fine-tuning left it as it was), `copied` from the pretrained
+    checkpoint, or `tied` to another tensor of which one checkpoint saved a duplicate, and counted there. `mask_count`
+    entries were chosen, of which `changed_count` differ from the base in their bits. `facts` are the method's:
+    `token_count`, `errors`, `flipped_count`.
     """
 
     name: str
@@ -66,21 +67,19 @@ class FusionReport:
     @property
     def totals(self) -> dict[str, Any]:
         """Counts over all tensors, and their shares of the parameters in scope."""
-        in_scope = [row for row in self.tensors if row.fate != "copied"]
+        in_scope = [row for row in self.tensors if row.fate in ("fused", "kept")]
         scope_count = sum(row.numel for row in in_scope)
         mask_count = sum(row.mask_count for row in in_scope)
         changed_count = sum(row.changed_count for row in in_scope)
         return {
-            "parameter_count": sum(row.numel for row in self.tensors),
+            "parameter_count": sum(row.numel for row in self.tensors if row.fate != "tied"),
             "scope_count": scope_count,
             "mask_count": mask_count,
             "changed_count": changed_count,
             "flipped_count": sum(row.facts.get("flipped_count", 0) for row in in_scope),
             "mask_fraction": mask_count / scope_count if scope_count else 0.0,
             "changed_fraction": changed_count / scope_count if scope_count else 0.0,
-            "tensor_counts": {
-                fate: sum(row.fate == fate for row in self.tensors) for fate in ("fused", "kept", "copied")
-            },
+            "tensor_counts": {fate: sum(row.fate == fate for row in self.tensors) for fate in get_args(Fate)},
             "gram_tensor_count": sum("token_count" in row.facts for row in in_scope),
         }
 

@@ -148,7 +148,7 @@ class _Task:
     ) -> _Task:
         require_same_tensors(base, weights)
         changed = changed_tensors(base, weights, selected)
-        require_a_gram(changed, grams.calibration)
+        require_a_gram(changed, grams)
         return cls(weights, grams, frozenset(changed))
 
 

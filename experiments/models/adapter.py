@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from experiments.errors import ModelError
+from experiments.errors import ConfigError, ModelError
 from tailor.checkpoint import Checkpoint
 
 IGNORED = -100
@@ -21,11 +21,40 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """A training example: the image, the prompt as benchmarks word it, and the answer to learn."""
+    """A training example: the image, the prompt as benchmarks word it, and the answer to learn.
 
-    image: Image
-    prompt: str
-    answer: str
+    To calibrate on, any may be missing: without ``image`` it is text alone, without ``answer`` it ends with the prompt,
+    and without ``prompt`` the answer is a text as it stands, in no conversation.
+    """
+
+    image: Image | None
+    prompt: str | None
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model goes: all on ``device``, or spread by accelerate's ``device_map``, the rest offloaded to a folder.
+
+    ``device_map`` is what `from_pretrained` takes: "auto", "balanced", "sequential", or device by module.
+    """
+
+    device: torch.device
+    device_map: str | Mapping[str, str | int] | None = None
+    offload_folder: Path | None = None
+
+    def load(self, model_class: Any, folder: Path, dtype: torch.dtype | str) -> Any:
+        """The model of a checkpoint folder, placed, for inference. ``dtype`` may be "auto": the checkpoint's own."""
+        from transformers.utils import logging  # takes seconds, so only when a model is loaded
+
+        logging.disable_progress_bar()  # the stages show their own
+        if self.device_map is None:
+            return model_class.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+        device_map = self.device_map if isinstance(self.device_map, str) else dict(self.device_map)
+        model = model_class.from_pretrained(
+            folder, dtype=dtype, device_map=device_map, offload_folder=self.offload_folder
+        )
+        return model.eval()
 
 
 @dataclass(frozen=True)
@@ -35,6 +64,11 @@ class Loaded:
     model: Any
     processor: Any
     tensor_names: Mapping[str, str]
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go. A model that accelerate has spread moves them itself."""
+        return torch.device("cpu") if hasattr(self.model, "hf_device_map") else self.model.device
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -47,7 +81,21 @@ class Loaded:
         parameters = self.parameters
         with torch.no_grad():
             for name, weight in weights:
+                if parameters[name].is_meta:
+                    raise ModelError(
+                        f"{name}: is offloaded, and an offloaded weight can't be replaced; use a device that holds the "
+                        "whole model, or no device map"
+                    )
                 parameters[name].copy_(weight)
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name. Raises ConfigError if this machine has none such."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such kind of device, or none of it here
+        finding = str(error).splitlines()[0]
+        raise ConfigError(f"device={name}: {finding}; choose cpu or a device of this machine") from error
 
 
 class Adapter(Protocol):
@@ -55,7 +103,7 @@ class Adapter(Protocol):
 
     prompt_style: str
 
-    def load(self, folder: Path, dtype: torch.dtype, device: torch.device) -> Loaded:
+    def load(self, folder: Path, dtype: torch.dtype | str, placement: Placement) -> Loaded:
         """The model and processor of a checkpoint folder, ready for inference. Raises ModelError."""
         ...
 
@@ -64,7 +112,10 @@ class Adapter(Protocol):
         ...
 
     def training_batch(self, processor: Any, samples: Sequence[Sample]) -> Batch:
-        """Right-padded inputs with `labels` on the answers (and their end of sentence) alone."""
+        """Right-padded inputs with `labels` on the answers (and their end of sentence) alone.
+
+        Either all samples have an image or none has. Raises ModelError for a kind of sample that the family can't read.
+        """
         ...
 
     def token_mask(self, module: str, batch: Batch) -> Tensor | None:
@@ -96,11 +147,18 @@ def tensor_names(model: nn.Module, checkpoint: Checkpoint, renamings: Sequence[t
     return names
 
 
-def append_answers(encoded: Sequence[Sequence[int]], answers: Sequence[str], tokenizer: Any) -> Batch:
-    """Prompt ids followed by answer ids and the end of sentence, right-padded; labels on the latter alone."""
+def append_answers(encoded: Sequence[Sequence[int]], answers: Sequence[str | None], tokenizer: Any) -> Batch:
+    """Prompt ids followed by answer ids and the end of sentence, right-padded; labels on the latter alone.
+
+    Where there is no answer, the sequence ends with the prompt.
+    """
     ids, labels = [], []
     for prompt, answer in zip(encoded, answers, strict=True):
-        reply = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        reply = (
+            []
+            if answer is None
+            else [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        )
         ids.append(torch.tensor([*prompt, *reply]))
         labels.append(torch.tensor([IGNORED] * len(prompt) + reply))
     padded = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)

@@ -13,7 +13,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from experiments.models.adapter import Batch, Loaded, Sample, append_answers, tensor_names
+from experiments.errors import ModelError
+from experiments.models.adapter import Batch, Loaded, Placement, Sample, append_answers, tensor_names
 from tailor.checkpoint import Checkpoint
 
 RENAMINGS = (("", ""),)
@@ -25,10 +26,10 @@ SELF_ATTENTION = re.compile(r"qformer\.encoder\.layer\.\d+\.attention\.")
 class InstructBlip:
     prompt_style: str
 
-    def load(self, folder: Path, dtype: torch.dtype, device: torch.device) -> Loaded:
+    def load(self, folder: Path, dtype: torch.dtype | str, placement: Placement) -> Loaded:
         from transformers import AutoProcessor, InstructBlipForConditionalGeneration
 
-        model = InstructBlipForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+        model = placement.load(InstructBlipForConditionalGeneration, folder, dtype)
         processor = AutoProcessor.from_pretrained(folder)
         # Only now: set at construction it would turn the Q-Former's text to the left too, and batches change results.
         processor.tokenizer.padding_side = "left"
@@ -40,8 +41,11 @@ class InstructBlip:
         return dict(processor(images=list(images), text=list(prompts), padding=True, return_tensors="pt"))
 
     def training_batch(self, processor: Any, samples: Sequence[Sample]) -> Batch:
-        prompts = [sample.prompt for sample in samples]
-        encoded = processor(images=[sample.image for sample in samples], text=prompts)
+        images = [sample.image for sample in samples if sample.image is not None]
+        if len(images) < len(samples):
+            raise ModelError("InstructBLIP reads no text without an image: give every sample an image")
+        prompts = [sample.prompt or "" for sample in samples]
+        encoded = processor(images=images, text=prompts)
         answers = append_answers(encoded["input_ids"], [sample.answer for sample in samples], processor.tokenizer)
         instructions = processor.qformer_tokenizer(prompts, padding=True, return_tensors="pt")
         return {

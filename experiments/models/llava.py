@@ -12,7 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from experiments.models.adapter import Batch, Loaded, Sample, append_answers, tensor_names
+from experiments.models.adapter import Batch, Loaded, Placement, Sample, append_answers, tensor_names
 from tailor.checkpoint import Checkpoint
 
 RENAMINGS = (
@@ -31,28 +31,36 @@ class Llava:
     prompt_style: str
     system: str
 
-    def load(self, folder: Path, dtype: torch.dtype, device: torch.device) -> Loaded:
+    def load(self, folder: Path, dtype: torch.dtype | str, placement: Placement) -> Loaded:
         from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+        model = placement.load(LlavaForConditionalGeneration, folder, dtype)
         processor = AutoProcessor.from_pretrained(folder)
         processor.tokenizer.padding_side = "left"
         return Loaded(model, processor, tensor_names(model, Checkpoint(folder), RENAMINGS))
 
     def prompt_batch(self, processor: Any, images: Sequence[Image], prompts: Sequence[str]) -> Batch:
-        texts = [self._conversation(prompt) for prompt in prompts]
+        texts = [self._conversation(prompt, with_image=True) for prompt in prompts]
         return dict(processor(images=list(images), text=texts, padding=True, return_tensors="pt"))
 
     def training_batch(self, processor: Any, samples: Sequence[Sample]) -> Batch:
-        texts = [self._conversation(sample.prompt) for sample in samples]
-        encoded = processor(images=[sample.image for sample in samples], text=texts)
-        answers = append_answers(encoded["input_ids"], [sample.answer for sample in samples], processor.tokenizer)
-        return {**answers, "pixel_values": torch.as_tensor(np.stack(encoded["pixel_values"]))}
+        images = [sample.image for sample in samples if sample.image is not None]
+        texts = [
+            "" if sample.prompt is None else self._conversation(sample.prompt, with_image=bool(images))
+            for sample in samples
+        ]
+        answers = [sample.answer for sample in samples]
+        if not images:
+            return append_answers(processor.tokenizer(texts)["input_ids"], answers, processor.tokenizer)
+        encoded = processor(images=images, text=texts)
+        batch = append_answers(encoded["input_ids"], answers, processor.tokenizer)
+        return {**batch, "pixel_values": torch.as_tensor(np.stack(encoded["pixel_values"]))}
 
     def token_mask(self, module: str, batch: Batch) -> Tensor | None:
         if "multi_modal_projector" in module or "vision_tower" in module:
             return None
         return batch["attention_mask"].bool()
 
-    def _conversation(self, prompt: str) -> str:
-        return f"{self.system}USER: <image>\n{prompt} ASSISTANT:"
+    def _conversation(self, prompt: str, *, with_image: bool) -> str:
+        picture = "<image>\n" if with_image else ""
+        return f"{self.system}USER: {picture}{prompt} ASSISTANT:"

@@ -23,7 +23,7 @@ def generate(
     for start in tqdm(starts, desc=desc, leave=False, dynamic_ncols=True, disable=None):
         part = examples[start : start + batch_size]
         batch = adapter.prompt_batch(loaded.processor, [example.image for example in part], [e.prompt for e in part])
-        batch = {name: tensor.to(loaded.model.device) for name, tensor in batch.items()}
+        batch = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
         with torch.no_grad():
             ids = loaded.model.generate(**batch, **asdict(generation), do_sample=False)
         # Both families return the prompt too, image slots included.

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, SchedulerType, Trainer, TrainerCallbac
 
 from experiments import checks
 from experiments.errors import TrainingError
-from experiments.models.adapter import Adapter, Loaded, Sample
+from experiments.models.adapter import Adapter, Loaded, Placement, Sample
 from tailor.scope import select
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Training:
         if not rows:
             raise TrainingError("training data: no row to learn from; check the task's rows")
         set_seed(seed)
-        loaded = adapter.load(base, torch.float32, device)
+        loaded = adapter.load(base, torch.float32, Placement(device))
         self._freeze_all_but_scope(loaded)
         epochs = [[answers[epoch % len(answers)] for answers in rows] for epoch in range(self.epochs)]
         progress = _Progress()

@@ -60,7 +60,7 @@ class TargetLoss:
     def _batches(self, samples: Sequence[Sample]) -> Iterator[Batch]:
         for start in range(0, len(samples), self.batch_size):
             batch = self.adapter.training_batch(self.loaded.processor, samples[start : start + self.batch_size])
-            yield {name: tensor.to(self.loaded.model.device) for name, tensor in batch.items()}
+            yield {name: tensor.to(self.loaded.device) for name, tensor in batch.items()}
 
 
 def _answer_count(batch: Batch) -> int:

@@ -44,6 +44,7 @@ class Grafting:
     learning_rate: float = 1e7
     bias: float = 10.0
     needs: ClassVar[EvidenceKind] = "gradients"
+    is_separable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_between(self, "sparsity", 0, 1)

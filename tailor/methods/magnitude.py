@@ -38,6 +38,11 @@ class Magnitude:
         require_between(self, "sparsity", 0, 1)
         require_one_of(self, "ranking", ("per_tensor", "global"))
 
+    @property
+    def is_separable(self) -> bool:
+        """Not if all tensors are ranked together."""
+        return self.ranking == "per_tensor"
+
     def fuse(
         self, pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], evidence: Evidence, rng: Rng
     ) -> Iterator[Fused]:

@@ -46,6 +46,7 @@ class ReleasedCode:
     reset: tuple[str, ...] = ("*projector*.weight",)
     keep_finetuned: tuple[str, ...] = ("*lm_head*",)
     needs: ClassVar[EvidenceKind] = "grams"
+    is_separable: ClassVar[bool] = False  # its patterns must match in the scope
 
     def __post_init__(self) -> None:
         require_between(self, "sparsity", 0, 1)

@@ -81,7 +81,7 @@ class Tailor:
         Raises SingularGram naming the layer, and TailorError if no tensor in scope has a Gram or one does not fit.
         """
         grams = grams_of(self, evidence)
-        require_a_gram(pretrained, grams.calibration)
+        require_a_gram(pretrained, grams)
         for name, base in pretrained.items():
             tuned = finetuned[name]
             if name in grams.calibration:
@@ -144,10 +144,10 @@ class Tailor:
         return damp(gram, self.damping)
 
 
-def require_a_gram(names: Iterable[str], grams: Grams) -> None:
+def require_a_gram(names: Iterable[str], evidence: GramEvidence) -> None:
     """Raise TailorError if no name has a Gram: then Grams and scope do not belong together."""
-    names = tuple(names)
-    if names and not any(name in grams for name in names):
+    names, grams = tuple(names), evidence.calibration
+    if names and not evidence.is_share and not any(name in grams for name in names):
         raise TailorError(
             f"none of the {len(names)} tensors in scope has a Gram (scope: {names[0]}, ...; "
             f"Grams: {next(iter(grams), 'none at all')}, ...); calibrate the layers in scope, under "

@@ -61,7 +61,7 @@ class TwoSided:
         """
         grams = grams_of(self, evidence)
         one_sided = Tailor(self.sparsity, self.omega, "none", self.damping, self.compare_decorators)
-        require_a_gram(pretrained, grams.calibration)
+        require_a_gram(pretrained, grams)
         for name, base in pretrained.items():
             tuned = finetuned[name]
             if name in grams.calibration:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments.errors import TrainingError
-from experiments.models.adapter import IGNORED, Sample
+from experiments.models.adapter import IGNORED, Placement, Sample
 from experiments.models.llava import Llava
 from experiments.stages.finetune import Training
 from experiments.worlds import tiny_models
@@ -69,7 +69,7 @@ def test_every_row_is_learnt_once_an_epoch_its_answers_in_turn(
 def test_the_first_step_is_plain_cross_entropy_over_answer_tokens(base: Path, tmp_path: Path) -> None:
     samples = rows(4, ("top left",))
     losses = training(epochs=1).finetune(ADAPTER, base, samples, tmp_path / "out", 0, CPU)
-    loaded = ADAPTER.load(base, torch.float32, CPU)
+    loaded = ADAPTER.load(base, torch.float32, Placement(CPU))
     total = count = 0.0
     for (sample,) in samples:
         one = ADAPTER.training_batch(loaded.processor, [sample])

@@ -14,11 +14,11 @@ from torch import nn
 from evaluation.prompts import Generation
 from evaluation.records import Example
 from experiments.errors import ModelError
-from experiments.models.adapter import IGNORED, Adapter, Loaded, Sample, tensor_names
+from experiments.models.adapter import IGNORED, Adapter, Loaded, Placement, Sample, tensor_names
 from experiments.models.instructblip import InstructBlip
 from experiments.models.llava import RENAMINGS, Llava
-from experiments.stages.calibrate import collect_grams
 from experiments.stages.evaluate import generate
+from experiments.stages.grams import collect_grams
 from experiments.stages.target import TargetLoss
 from experiments.worlds import tiny_models
 from experiments.worlds.pool import vocabulary
@@ -40,7 +40,7 @@ class Family:
     folder: Path
 
     def load(self) -> Loaded:
-        return self.adapter.load(self.folder, torch.float32, torch.device("cpu"))
+        return self.adapter.load(self.folder, torch.float32, Placement(torch.device("cpu")))
 
 
 @pytest.fixture(scope="module", params=ADAPTERS)
@@ -123,7 +123,7 @@ def test_a_sharded_checkpoint_loads_alike(family: Family, tmp_path: Path) -> Non
     loaded.model.save_pretrained(tmp_path, max_shard_size="200KB")
     loaded.processor.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    sharded = family.adapter.load(tmp_path, torch.float32, torch.device("cpu"))
+    sharded = family.adapter.load(tmp_path, torch.float32, Placement(torch.device("cpu")))
     assert sharded.tensor_names == loaded.tensor_names
     for name, parameter in loaded.parameters.items():
         assert torch.equal(parameter, sharded.parameters[name]), name

@@ -86,7 +86,7 @@ def test_report_accounts_for_every_tensor(folders):
     assert totals["parameter_count"] == sum(tensor.numel() for tensor in model.pretrained.values())
     assert totals["scope_count"] == 86 and totals["mask_count"] == totals["changed_count"] == 35
     assert totals["mask_fraction"] == 35 / 86
-    assert totals["tensor_counts"] == {"fused": 2, "kept": 1, "copied": 5}
+    assert totals["tensor_counts"] == {"fused": 2, "kept": 1, "copied": 5, "tied": 0}
 
 
 def test_report_is_plain_json_and_compares_decorators(folders):

@@ -1,0 +1,312 @@
+"""Grams of a model's linear layers: which layers read one input, in what order, and passes of samples to sum them.
+
+A plan comes first. With it, layers are calibrated in groups whose Grams fit into memory, or, if weights change on the
+way, one distinct input after the other. A later pass starts from a block's outputs that an earlier one kept, so that
+the blocks of a language model run about once over all passes together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
+
+from experiments.errors import ModelError
+from experiments.models.adapter import Adapter, Batch, Loaded, Sample
+from tailor.errors import EmptyCalibration
+from tailor.gram import GramAccumulator, Grams
+
+Group = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Distinct inputs in the order in which a forward pass meets them.
+
+    ``layers``: each input's key (the name of the first layer that reads it) → all layers that read it. ``widths``: key
+    → entries of a token. ``is_called_once``: whether a forward pass calls each layer a single time.
+    """
+
+    layers: Mapping[str, Group]
+    widths: Mapping[str, int]
+    is_called_once: bool
+
+    def groups(self, memory_bytes: int) -> list[Group]:
+        """Keys in order, cut so that each group's float32 Grams take ``memory_bytes`` at most, or are one alone."""
+        groups: list[list[str]] = [[]]
+        used = 0
+        for key, width in self.widths.items():
+            size = 4 * width * width
+            if groups[-1] and used + size > memory_bytes:
+                groups.append([])
+                used = 0
+            groups[-1].append(key)
+            used += size
+        return [tuple(group) for group in groups if group]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict of JSON types; its lists keep the order."""
+        inputs = [{"key": key, "width": width, "layers": list(self.layers[key])} for key, width in self.widths.items()]
+        return {"inputs": inputs, "is_called_once": self.is_called_once}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_json`."""
+        layers = {each["key"]: tuple(each["layers"]) for each in stored["inputs"]}
+        return cls(layers, {each["key"]: each["width"] for each in stored["inputs"]}, stored["is_called_once"])
+
+    def readers(self, keys: Group) -> dict[str, str]:
+        """Layer → key, for all layers that read one of these inputs."""
+        return {layer: key for key in keys for layer in self.layers[key]}
+
+
+def collect_grams(
+    adapter: Adapter, loaded: Loaded, samples: Sequence[Sample], layers: Collection[str], batch_size: int, desc: str
+) -> Grams:
+    """Undamped Grams of the linear layers among ``layers`` (checkpoint tensor names) over ``samples``, in one pass.
+
+    Layers that read the same tensor share one Gram. Tensors that are no linear weight are passed over: they have none.
+    Raises EmptyCalibration if no token reaches a layer, NotFinite if an input is.
+    """
+    plan = make_plan(adapter, loaded, samples, layers)
+    return Passes(adapter, loaded, samples, batch_size, plan).collect(tuple(plan.widths), desc)
+
+
+def make_plan(adapter: Adapter, loaded: Loaded, samples: Sequence[Sample], layers: Collection[str]) -> Plan:
+    """Finds out by running single samples, those with an image first, until each linear layer among ``layers`` was met.
+
+    Raises EmptyCalibration naming the layers that no sample reaches.
+    """
+    modules = linear_modules(loaded, layers)
+    first_seen: dict[str, list[str]] = {}  # key → layers
+    widths: dict[str, int] = {}
+    calls: dict[str, int] = dict.fromkeys(modules, 0)
+    seen: dict[int, tuple[str, Tensor]] = {}  # inputs are kept, so that no later tensor can take their identity
+
+    def observe(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs = arguments[0]
+        calls[name] += 1
+        if any(name in group for group in first_seen.values()):
+            return
+        key, _ = seen.setdefault(id(inputs), (name, inputs))
+        first_seen.setdefault(key, []).append(name)
+        widths.setdefault(key, inputs.shape[-1])
+
+    most_calls = 0
+    handles = [module.register_forward_pre_hook(partial(observe, name)) for name, module in modules.items()]
+    with _removed_after(handles), torch.no_grad():
+        for sample in sorted(samples, key=lambda sample: sample.image is None):
+            calls.update(dict.fromkeys(calls, 0))
+            seen.clear()
+            _run(loaded, adapter.training_batch(loaded.processor, [sample]))
+            most_calls = max([most_calls, *calls.values()])
+            missing = sorted(set(modules) - {name for group in first_seen.values() for name in group})
+            if not missing:
+                break
+        else:
+            if modules:
+                raise EmptyCalibration(
+                    f"{', '.join(missing[:4])}: no calibration token reached {'it' if len(missing) == 1 else 'them'} "
+                    f"({len(missing)} of {len(modules)} layers); check the scope or the calibration samples"
+                )
+    return Plan({key: tuple(group) for key, group in first_seen.items()}, widths, most_calls <= 1)
+
+
+def linear_modules(loaded: Loaded, layers: Collection[str]) -> dict[str, nn.Linear]:
+    """Those of ``layers`` that are weights of linear layers, with their modules."""
+    paths = {tensor: path for path, tensor in loaded.tensor_names.items()}
+    owners = {name: loaded.model.get_submodule(paths[name].rpartition(".")[0]) for name in layers}
+    return {
+        name: module
+        for name, module in owners.items()
+        if isinstance(module, nn.Linear) and paths[name].endswith(".weight")
+    }
+
+
+class _Stop(Exception):  # noqa: N818 - it is no error
+    """Everything that a pass is for has been seen: the rest of the forward pass would be wasted."""
+
+
+class _Block(NamedTuple):
+    """A block by its place in a list of blocks, such as a language model's layers."""
+
+    blocks: nn.ModuleList
+    index: int
+
+    @property
+    def module(self) -> nn.Module:
+        return self.blocks[self.index]
+
+
+@dataclass
+class Passes:
+    """Passes of the same samples through the same model, group after group of a plan, in its order.
+
+    With ``weights_change``, weights of layers that were collected may be set anew between passes.
+    """
+
+    adapter: Adapter
+    loaded: Loaded
+    samples: Sequence[Sample]
+    batch_size: int
+    plan: Plan
+    weights_change: bool = False
+    _kept: tuple[_Block, list[Tensor]] | None = field(default=None, init=False)  # a block's outputs, batch by batch
+
+    @torch.no_grad()
+    def collect(self, keys: Group, desc: str, upcoming: Group = ()) -> Grams:
+        """Undamped Grams of all layers that read the inputs ``keys``; ``upcoming`` are those of the next call."""
+        if not keys:
+            return Grams({}, {}, {})
+        # What was fused up to here is final, so the outputs just before these layers are. If no weight changes, those
+        # before the next group's layers are as well.
+        watch = _Watch(self, keys, self._block_before(keys if self.weights_change else upcoming))
+        batches = self._batches()
+        with self._replayed() as begin_replay, watch.hooked():
+            for number, samples in enumerate(tqdm(batches, desc=desc, leave=False, dynamic_ncols=True, disable=None)):
+                batch = self.adapter.training_batch(self.loaded.processor, samples)
+                begin_replay(number)
+                watch.begin(batch)
+                with suppress(_Stop):
+                    _run(self.loaded, batch)
+        if len(watch.kept) == len(batches):
+            self._kept = watch.kept_block, watch.kept
+        return Grams.collect(watch.keys_of_layers, watch.accumulators)
+
+    def _batches(self) -> list[Sequence[Sample]]:
+        """Batches of samples that all have an image, then of those that have none."""
+        kinds = (
+            [sample for sample in self.samples if sample.image is not None],
+            [sample for sample in self.samples if sample.image is None],
+        )
+        size = self.batch_size
+        return [kind[start : start + size] for kind in kinds for start in range(0, len(kind), size)]
+
+    def _block(self, key: str) -> _Block | None:
+        """The innermost block that holds the layer ``key``."""
+        path = next(path for path, tensor in self.loaded.tensor_names.items() if tensor == key)
+        parts = path.split(".")
+        for length in range(len(parts) - 1, 0, -1):
+            parent = self.loaded.model.get_submodule(".".join(parts[: length - 1]))
+            if isinstance(parent, nn.ModuleList):
+                return _Block(parent, int(parts[length - 1]))
+        return None
+
+    def _block_before(self, keys: Group) -> _Block | None:
+        """The block before that of the first of these layers, if it can be replayed and is not kept yet."""
+        if not keys or not self.plan.is_called_once or (place := self._block(keys[0])) is None or place.index == 0:
+            return None
+        before = _Block(place.blocks, place.index - 1)
+        return None if self._kept is not None and self._kept[0] == before else before
+
+    @contextmanager
+    def _replayed(self) -> Iterator[Callable[[int], None]]:
+        """While it lasts, blocks up to the kept one pass on what they get, and that one what was kept.
+
+        Yields a function to call with each batch's number.
+        """
+        current = 0
+
+        def begin(batch: int) -> None:
+            nonlocal current
+            current = batch
+
+        def pass_on(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            return hidden
+
+        def replay(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            assert self._kept is not None
+            return self._kept[1][current].to(hidden.device)
+
+        with ExitStack() as stack:
+            if self._kept is not None:
+                block, _ = self._kept
+                for module in block.blocks[: block.index]:
+                    stack.enter_context(_replaced_forward(module, pass_on))
+                stack.enter_context(_replaced_forward(block.module, replay))
+            yield begin
+
+
+class _Watch:
+    """Hooks of one pass. Adds each distinct input to its Gram, once a batch, under its layer's own mask of tokens."""
+
+    def __init__(self, passes: Passes, keys: Group, kept_block: _Block | None) -> None:
+        self.keys_of_layers = passes.plan.readers(keys)
+        self.accumulators = {key: GramAccumulator(key) for key in keys}
+        self.kept_block, self.kept = kept_block, list[Tensor]()
+        self._adapter = passes.adapter
+        self._modules = linear_modules(passes.loaded, self.keys_of_layers)
+        self._paths = {tensor: path.rpartition(".")[0] for path, tensor in passes.loaded.tensor_names.items()}
+        self._last = keys[-1] if passes.plan.is_called_once else None
+        self._keeps = kept_block is not None
+        self._waits = False
+        self._batch: Batch = {}
+        self._inputs: dict[str, Tensor] = {}
+
+    def begin(self, batch: Batch) -> None:
+        self._batch, self._inputs, self._waits = batch, {}, self._keeps
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        handles = [module.register_forward_pre_hook(partial(self._add, name)) for name, module in self._modules.items()]
+        if self.kept_block is not None:
+            handles.append(self.kept_block.module.register_forward_hook(self._keep))
+        with _removed_after(handles):
+            yield
+
+    def _add(self, name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs, key = arguments[0], self.keys_of_layers[name]
+        if key not in self._inputs:
+            if name != key:
+                raise ModelError(f"{name}: reads the input of {key} in one sample, but not in another")
+            self._inputs[key] = inputs  # kept until the batch is over, so that no later tensor can take its identity
+            self.accumulators[key].add(inputs, self._adapter.token_mask(self._paths[name], self._batch))
+        elif self._inputs[key] is not inputs:
+            raise ModelError(f"{name}: shared its input with {key} in one sample, but not in another")
+        self._stop_if_done()
+
+    def _keep(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        inputs = arguments[0] if arguments else None
+        # Else a block can't be replayed, and later passes run the whole model.
+        self._keeps &= isinstance(inputs, Tensor) and isinstance(output, Tensor) and inputs.shape == output.shape
+        if self._keeps:
+            self.kept.append(output.cpu())
+        self._waits = False
+        self._stop_if_done()
+
+    def _stop_if_done(self) -> None:
+        if self._last in self._inputs and not self._waits:
+            raise _Stop
+
+
+def _run(loaded: Loaded, batch: Batch) -> None:
+    inputs = {name: tensor.to(loaded.device) for name, tensor in batch.items() if name != "labels"}
+    loaded.model(**inputs, use_cache=False)
+
+
+@contextmanager
+def _removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    own = module.__dict__.get("forward")  # accelerate sets one on the module itself
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own

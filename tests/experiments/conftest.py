@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf, open_dict
 
+from experiments import fusion
+from experiments.fuse_config import fusing
 from experiments.pipeline import run
 from experiments.runs import Run, read_run, recorded
 from experiments.schema import Experiment, experiment
+from experiments.stages.fuse import REPORT
+from tests.experiments.pairs import Done, Fuse
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ("colour", "digit", "where", "parity", "occupied")
@@ -80,3 +85,18 @@ def run_small(home: Path, tmp_path: Path) -> RunSmall:
         return read_run(folder)
 
     return run_it
+
+
+@pytest.fixture
+def fuse(tmp_path: Path) -> Fuse:
+    """Runs a fusion of given checkpoints in this process: ``fuse("pretrained=…", "finetuned=…", "out=…")``."""
+
+    def fuse_it(*overrides: str) -> Done:
+        folder = tmp_path / f"fusion{len(list(tmp_path.glob('fusion*')))}"
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            parts = fusing(compose("fuse", ["threads=1", f"home={tmp_path / 'fusion_home'}", *overrides]))
+            with recorded(folder, choices={}, overrides=list(overrides)) as record:
+                fusion.run(parts, folder, record)
+        return Done(record.content.get("stages", {}), json.loads((folder / REPORT).read_text()))
+
+    return fuse_it

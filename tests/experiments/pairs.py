@@ -42,7 +42,16 @@ FAMILIES: dict[str, Callable[[list[str]], tuple[PreTrainedModel, Any]]] = {
     "llama": llama,
     "qwen": tied_qwen,
 }
+Fuse = Callable[..., "Done"]
 FROZEN = ("vision_tower", "vision_model.encoder", "vision_model.embeddings")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a fusion left: its stages by label, and its report."""
+
+    stages: dict[str, dict[str, Any]]
+    report: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, InstructBlipForConditionalGeneration, LlavaForConditionalGeneration
 
-from experiments.fuse_config import fusing
-from experiments.fusion import run
-from experiments.runs import recorded
+from experiments.models.adapter import Placement
+from experiments.models.causal_lm import CausalLM
+from experiments.samples import draw_lines
+from experiments.stages.grams import Passes, collect_grams
 from tailor.checkpoint import Checkpoint
+from tailor.decorate import decorate
+from tailor.errors import CheckpointMismatch
+from tailor.gram import Grams, damp
+from tailor.patch import Patch
 from tests.experiments.conftest import ROOT
-from tests.experiments.pairs import FAMILIES, FROZEN, Pair, make_pair
+from tests.experiments.pairs import FAMILIES, FROZEN, Fuse, Pair, make_pair, write_samples
 
 CLASSES = {"llava": LlavaForConditionalGeneration, "instructblip": InstructBlipForConditionalGeneration}
-Fuse = Callable[..., dict]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return make_pair(tmp_path_factory.mktemp(request.param), request.param)
-
-
-@pytest.fixture
-def fuse(tmp_path: Path) -> Fuse:
-    """Runs a fusion in this process and returns its report: ``fuse("out=…", "baseline=dare")``."""
-
-    def fuse_it(*overrides: str) -> dict:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            parts = fusing(compose("fuse", [f"home={tmp_path / 'home'}", *overrides]))
-            folder = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
-            with recorded(folder, choices={}, overrides=list(overrides)) as record:
-                run(parts, folder, record)
-        return {"stages": record.content.get("stages", {}), "report": (folder / "fusion_report.json").read_text()}
-
-    return fuse_it
 
 
 def test_every_family_is_calibrated_and_fused(pair: Pair, fuse: Fuse, tmp_path: Path) -> None:
@@ -53,3 +46,166 @@ def test_every_family_is_calibrated_and_fused(pair: Pair, fuse: Fuse, tmp_path: 
     loaded = CLASSES.get(pair.family, AutoModelForCausalLM).from_pretrained(tmp_path / "out")
     assert sum(parameter.numel() for parameter in loaded.parameters()) == base.numel
     assert tuned.other_files() == fused.other_files()
+
+
+def test_lora_adapters_are_merged_and_then_fused(fuse: Fuse, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path / "pair", "llava")
+    model = LlavaForConditionalGeneration.from_pretrained(pair.pretrained)
+    config = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|down_proj)")
+    adapted = get_peft_model(model, config)
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapters")
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+
+    fuse(
+        f"pretrained={pair.pretrained}",
+        f"finetuned={tmp_path / 'adapters'}",
+        f"out={tmp_path / 'all'}",
+        "baseline=finetune",
+    )
+    found, expected = Checkpoint(tmp_path / "all"), Checkpoint(tmp_path / "merged")
+    assert list(found) == list(expected)
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], atol=1e-6), name
+    changed = [name for name in found if not torch.equal(found[name], Checkpoint(pair.pretrained)[name])]
+    assert len(changed) == 6  # two kinds of layers in three blocks
+    LlavaForConditionalGeneration.from_pretrained(tmp_path / "all")
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in Checkpoint(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_pair(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def test_groups_and_devices_leave_no_trace_in_the_result(llama: Pair, fuse: Fuse, tmp_path: Path) -> None:
+    settings = (*llama.arguments, f"calibration.data={llama.samples}")
+    fuse(*settings, f"out={tmp_path / 'one'}", f"patch={tmp_path / 'one.safetensors'}")
+    fuse(
+        *settings,
+        f"out={tmp_path / 'many'}",
+        f"patch={tmp_path / 'many.safetensors'}",
+        "calibration.memory_gb=1e-5",
+        "device=[cpu,cpu]",
+    )
+    assert weights(tmp_path / "one") == weights(tmp_path / "many")
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "many.safetensors").read_bytes()
+
+
+def test_an_interrupted_calibration_goes_on(
+    llama: Pair, fuse: Fuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*llama.arguments, f"calibration.data={llama.samples}", "calibration.memory_gb=1e-5")
+    collect, calls = Passes.collect, []
+
+    def killed_at_the_third(self: Passes, *arguments: object) -> Grams:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return collect(self, *arguments)
+
+    monkeypatch.setattr(Passes, "collect", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        fuse(*settings, f"out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+    stages = fuse(*settings, f"out={tmp_path / 'out'}").stages
+    reused = [stage["reused"] for name, stage in stages.items() if name.startswith("grams")]
+    assert reused == [True, True] + [False] * (len(reused) - 2)
+    again = fuse(*settings, f"out={tmp_path / 'again'}", "sparsity=0.2").stages
+    assert all(stage["reused"] for name, stage in again.items() if name.startswith("grams"))
+
+
+def test_sequential_inputs_are_those_of_the_fused_layers_below(llama: Pair, fuse: Fuse, tmp_path: Path) -> None:
+    settings = (*llama.arguments, f"calibration.data={llama.samples}", "dtype=float32", "seed=3")
+    fuse(*settings, f"out={tmp_path / 'out'}", "calibration.inputs=sequential", "calibration.held_out=3")
+    fused, adapter = Checkpoint(tmp_path / "out"), CausalLM("text")
+    loaded = adapter.load(llama.finetuned, torch.float32, Placement(torch.device("cpu")))
+    samples, _ = draw_lines(llama.samples, 10, 3, seed=3)
+    last = "model.layers.2.mlp.down_proj.weight"
+    loaded.set_weights((name, fused[name]) for name in fused if name not in (last, "lm_head.weight"))
+    gram = damp(collect_grams(adapter, loaded, samples, [last], 8, "test")[last], 0.01)
+    base, tuned = Checkpoint(llama.pretrained)[last], Checkpoint(llama.finetuned)[last]
+    mask = fused[last] != base
+    expected = decorate(tuned - base, mask, gram, "exact")
+    assert torch.allclose(fused[last] - base, expected, atol=1e-5)
+
+
+def test_shares_of_two_processes_stack_to_the_whole(llama: Pair, fuse: Fuse, tmp_path: Path) -> None:
+    settings = (*llama.arguments, f"calibration.data={llama.samples}")
+    fuse(*settings, f"out={tmp_path / 'whole'}", "threads=1")
+    scopes = ("[model.layers.0.*,model.layers.1.*]", "[model.layers.2.*,model.norm.*,model.embed*,lm_head.*]")
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "experiments.fuse", *settings, "threads=1"),
+                *(f"scope={scope}", f"patch={number}.safetensors", f"home={tmp_path / f'home{number}'}"),
+            ],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for number, scope in enumerate(scopes)
+    ]
+    assert [process.wait() for process in started] == [0, 0]
+    stacked = dict(Checkpoint(llama.pretrained))
+    for number in range(2):
+        stacked |= dict(Patch.load(tmp_path / f"{number}.safetensors").apply_to(stacked))
+    assert {name: tensor.numpy().tobytes() for name, tensor in stacked.items()} == {
+        name: tensor.numpy().tobytes() for name, tensor in Checkpoint(tmp_path / "whole").items()
+    }
+
+
+def test_two_sided_tailoring_holds_what_is_to_be_retained(llama: Pair, fuse: Fuse, tmp_path: Path) -> None:
+    retained = write_samples(tmp_path / "retained", 8, with_image=False)
+    settings = (*llama.arguments, f"calibration.data={llama.samples}", f"calibration.retain={retained}")
+    drift = {}
+    for mu in (0, 10):
+        two_sided = ("baseline=tailor_two_sided", f"baseline.mu={mu}", f"out={tmp_path / str(mu)}")
+        rows = fuse(*settings, *two_sided).report["tensors"]
+        drift[mu] = {row["name"]: row["drift"]["two_sided"] for row in rows if row.get("drift")}
+    assert drift[0].keys() == drift[10].keys() != set()
+    assert all(drift[10][name] < drift[0][name] for name in drift[0])
+
+
+@pytest.mark.parametrize(("base", "tuned"), [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
+def test_half_precision_pairs_in_shards(base: torch.dtype, tuned: torch.dtype, fuse: Fuse, tmp_path: Path) -> None:
+    pretrained = make_pair(tmp_path / "base", "llama", base, max_shard_size="20KB").pretrained
+    finetuned = make_pair(tmp_path / "tuned", "llama", tuned, max_shard_size="50KB").finetuned
+    samples = write_samples(tmp_path / "samples", 4, with_image=False)
+    out = tmp_path / "out"
+    folders = (f"pretrained={pretrained}", f"finetuned={finetuned}", f"out={out}")
+    totals = fuse(*folders, f"calibration.data={samples}", "max_shard_size=30KB").report["totals"]
+    assert {tensor.dtype for tensor in Checkpoint(out).values()} == {base}
+    assert 0.08 < totals["changed_fraction"] <= 0.1
+    shards = list(out.glob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        tensors = load_file(shard)
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 30_000
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_rows_that_fine_tuning_added_to_the_vocabulary(llama: Pair, fuse: Fuse, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama.finetuned)
+    known = model.config.vocab_size
+    model.resize_token_embeddings(known + 3, mean_resizing=False)
+    model.save_pretrained(tmp_path / "grown")
+    folders = (f"pretrained={llama.pretrained}", f"finetuned={tmp_path / 'grown'}", f"out={tmp_path / 'out'}")
+    with pytest.raises(
+        CheckpointMismatch, match=rf"lm_head\.weight has rows {known} to {known + 2} more.*keep_finetuned"
+    ):
+        fuse(*folders, "baseline=magnitude")
+    report = fuse(*folders, "baseline=magnitude", "embeddings=keep_finetuned_rows").report
+    fused, grown, base = (Checkpoint(path) for path in (tmp_path / "out", tmp_path / "grown", llama.pretrained))
+    name = "model.embed_tokens.weight"
+    assert torch.equal(fused[name][known:], grown[name][known:])
+    assert int((fused[name][:known] != base[name]).sum()) == round(0.1 * base[name].numel())
+    row = next(row for row in report["tensors"] if row["name"] == name)
+    assert row["added_row_count"] == 3
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == known + 3

@@ -155,7 +155,9 @@ def show(folder: Path, out: Console, *others: Path) -> bool:
     for (model, task), part in numbers.groupby(["model", "task"], sort=False):
         seeds = part["seed"].nunique()
         over = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
-        layout = lay_out(part, f"{model} fine-tuned on {task}{over} (* target)")
+        several = part.loc[part["role"] == "target", "column"].nunique() > 1
+        what = "with the targets" if several else "fine-tuned on"  # one row may have learnt both, another either
+        layout = lay_out(part, f"{model} {what} {task}{over} (* target)")
         out.print(layout.terminal())
         tables.append(layout.markdown())
         here = [run for run in finished if run.table == (model, task)]

@@ -104,7 +104,7 @@ def test_patches_of_every_task_stand_in_one_table(run_small: RunSmall, tmp_path:
     console = Console(width=300, record=True)
     assert show(first, console, second)
     printed = console.export_text()
-    assert printed.count("digits_llava fine-tuned on flickr + fruit (* target)") == 1
+    assert printed.count("digits_llava with the targets flickr + fruit (* target)") == 1
     assert {"examples_digits_llava_flickr_fruit.png", "trade_off_digits_llava_flickr_fruit.png"} <= {
         path.name for path in first.iterdir()
     }

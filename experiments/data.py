@@ -28,10 +28,11 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class BenchmarkData:
-    """A benchmark and the rows it is scored on."""
+    """A benchmark, the rows it is scored on, and others of the same kind to train on, None where there are none."""
 
     benchmark: Benchmark
     rows: Rows
+    train: Rows | None = None
 
     @property
     def name(self) -> str:
@@ -45,7 +46,7 @@ class BenchmarkData:
         return [self.benchmark.example(row, asked) for row in self.rows.load()]
 
     def identity(self) -> dict[str, Any]:
-        """What the rows and their reading depend on, for artifact keys and as a score's data revision."""
+        """What the scored rows and their reading depend on, for artifact keys and as a score's data revision."""
         return {"benchmark": identity(self.benchmark), "rows": identity(self.rows)}
 
 
@@ -62,15 +63,19 @@ class Task:
         return self.test.name
 
     def samples(self, rows: Rows, prompt_style: str) -> list[list[Sample]]:
-        """For every row its training samples, one an answer worth learning."""
-        part = BenchmarkData(self.test.benchmark, rows)
-        return [
-            [Sample(cast(Image, example.image), example.prompt, answer) for answer in part.benchmark.answers(example)]
-            for example in part.examples(prompt_style)
-        ]
+        """Of ``rows``, which are this target's, the training samples: see `training_samples`."""
+        return training_samples(self.test.benchmark, rows, prompt_style)
 
     def identity(self) -> dict[str, Any]:
         return {"benchmark": identity(self.test.benchmark), "train": identity(self.train), "dev": identity(self.dev)}
+
+
+def training_samples(benchmark: Benchmark, rows: Rows, prompt_style: str) -> list[list[Sample]]:
+    """For every row its training samples, one an answer worth learning."""
+    return [
+        [Sample(cast(Image, example.image), example.prompt, answer) for answer in benchmark.answers(example)]
+        for example in BenchmarkData(benchmark, rows).examples(prompt_style)
+    ]
 
 
 def identity(value: Any) -> dict[str, Any]:
@@ -83,11 +88,12 @@ def module_of(value: Any) -> str:
     return (value if isinstance(value, type) else type(value)).__module__
 
 
-def check_suite(suite: Sequence[BenchmarkData], task: Task) -> None:
-    """Before any stage: raises ConfigError if two benchmarks share a name, or the target counts as pretrained, and
+def check_suite(suite: Sequence[BenchmarkData], *tasks: Task) -> None:
+    """Before any stage: raises ConfigError if two benchmarks share a name, or a target counts as pretrained, and
     MissingJava if captions are to be scored and there is no Java."""
-    names = [data.name for data in suite]
-    if doubled := sorted({name for name in [*names, task.name] if [*names, task.name].count(name) > 1}):
-        raise ConfigError(f"suite: {', '.join(doubled)} stands twice among pretrained benchmarks and target")
-    if any(isinstance(data.benchmark, Captions) for data in (*suite, task.test)):
+    scored = [*suite, *(task.test for task in tasks)]
+    names = [data.name for data in scored]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"suite: {', '.join(doubled)} stands twice among pretrained benchmarks and targets")
+    if any(isinstance(data.benchmark, Captions) for data in scored):
         find_java()

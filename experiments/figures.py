@@ -10,11 +10,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from hydra.utils import instantiate
+from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from evaluation.records import Example, read_predictions
 from experiments.data import BenchmarkData
-from experiments.runs import Run
+from experiments.runs import OLD_TASK_NOTE, Run, marked
 
 # Okabe and Ito's colours, which readers with any common colour blindness can tell apart.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F")
@@ -24,10 +25,14 @@ EXAMPLES = 5
 
 
 def draw_trade_off(part: pd.DataFrame, title: str, path: Path) -> Path:
-    """Mean pretrained score against target score, one point a method, error bars over seeds."""
+    """Mean pretrained score against (mean) target score, one point a method, error bars over seeds."""
     by_seed = part.groupby(["method", "seed", "role"], sort=False)["value"].mean().unstack("role")
     points = by_seed.groupby("method", sort=False).agg(["mean", "std"])
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    sees_old_tasks = part.groupby("method")["old_task_data"].any()
+    target_count = part.loc[part["role"] == "target", "column"].nunique()
+    names = {method: marked(method, sees_old_tasks[method]) for method in points.index}
+    legend_width = 0.5 + 0.085 * max(map(len, names.values()))  # inches
+    figure, axes = plt.subplots(figsize=(5.5 + legend_width, 5), layout="constrained")
     for number, method in enumerate(points.index):
         old, new = points.loc[method, "pretrained"], points.loc[method, "target"]
         axes.errorbar(
@@ -36,15 +41,18 @@ def draw_trade_off(part: pd.DataFrame, title: str, path: Path) -> Path:
             xerr=None if pd.isna(old["std"]) else old["std"],
             yerr=None if pd.isna(new["std"]) else new["std"],
             color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
+            marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],  # no pair twice for 64 methods
             markersize=9,
             linestyle="none",
             capsize=3,
-            label=method,
+            label=names[method],
         )
-    axes.set(xlabel="mean score on pretrained benchmarks", ylabel="score on the target", title=title)
+    learnt = "score on the target" if target_count == 1 else f"mean score on {target_count} targets"
+    axes.set(xlabel="mean score on pretrained benchmarks", ylabel=learnt, title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    if sees_old_tasks.any():
+        _annotate(figure)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
@@ -70,23 +78,25 @@ class _Answered:
 
 
 def draw_examples(runs: Sequence[Run], path: Path) -> Path:
-    """Pictures with every method's answer: the target, and the benchmarks on which the first two methods differ most.
+    """Pictures with every method's answer: targets, and the benchmarks on which the first two methods differ most.
 
     Only runs with the first one's seed and data are shown. An answer is green if it scores at least half of what the
     best one does.
     """
     config = OmegaConf.load(runs[0].folder / "config.yaml")
     runs = [run for run in runs if _shows_the_same(run, config)]
-    suite = [*instantiate(config.suite, _convert_="all").values(), instantiate(config.task, _convert_="all").test]
-    answered = [_read(data, runs, config.model.adapter.prompt_style) for data in suite]
-    old = sorted(answered[:-1], key=lambda each: each.gap(), reverse=True)[: EXAMPLES - 1]
-    chosen = [*old, answered[-1]]
+    suite = instantiate(config.suite, _convert_="all").values()
+    tests = [instantiate(test, _convert_="all") for test in _targets(config).values()]
+    old, new = ([_read(data, runs, config.model.adapter.prompt_style) for data in part] for part in (suite, tests))
+    chosen = [*sorted(old, key=lambda each: each.gap(), reverse=True)[: EXAMPLES - 1], *new]
     height = max(1.4, 0.62 + 0.2 * len(runs))
     figure, axes = plt.subplots(
         len(chosen), 2, figsize=(11, height * len(chosen)), width_ratios=(1, 5), layout="constrained", squeeze=False
     )
     for (picture, text), each in zip(axes, chosen, strict=True):
-        _draw_example(picture, text, each, is_target=each is answered[-1])
+        _draw_example(picture, text, each, is_target=any(each is target for target in new))
+    if any(run.sees_old_tasks for run in runs):
+        _annotate(figure)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
@@ -94,7 +104,18 @@ def draw_examples(runs: Sequence[Run], path: Path) -> Path:
 
 def _shows_the_same(run: Run, first: DictConfig) -> bool:
     config = OmegaConf.load(run.folder / "config.yaml")
-    return all(config[name] == first[name] for name in ("seed", "model", "task", "suite"))
+    return all(config[name] == first[name] for name in ("seed", "model", "suite")) and _targets(config) == _targets(
+        first
+    )
+
+
+def _targets(config: DictConfig) -> dict[str, DictConfig]:
+    """What the targets are scored on, by name: the order does not matter, nor which of them is learnt."""
+    return {task.test.benchmark.name: task.test for task in (config.task, *config.other_tasks.values())}
+
+
+def _annotate(figure: Figure) -> None:
+    figure.supxlabel(OLD_TASK_NOTE, fontsize=8, x=0.01, ha="left")
 
 
 def _draw_example(picture: plt.Axes, text: plt.Axes, answered: _Answered, is_target: bool) -> None:
@@ -120,6 +141,7 @@ def _read(data: BenchmarkData, runs: Sequence[Run], prompt_style: str) -> _Answe
     texts, scores = {}, {}
     for run in runs:
         predictions = read_predictions(run.folder / "predictions" / f"{data.name}.jsonl")
-        texts[run.label] = {prediction.id: prediction.text for prediction in predictions}
-        scores[run.label] = dict(data.benchmark.score(examples, texts[run.label]).per_example)
+        method = marked(run.method, run.sees_old_tasks)
+        texts[method] = {prediction.id: prediction.text for prediction in predictions}
+        scores[method] = dict(data.benchmark.score(examples, texts[method]).per_example)
     return _Answered(data, examples, texts, scores)

@@ -1,9 +1,10 @@
-"""What fusing changed, as a file: ``python -m experiments.patch extract|apply|remove|info ...``.
+"""What fusing changed, as a file: ``python -m experiments.patch extract|apply|remove|stitch|info ...``.
 
-extract BASE FUSED OUT    write the patch that turns one checkpoint folder into the other
-apply   BASE PATCH OUT    write the fused checkpoint; files other than weights come from BASE
-remove  FUSED PATCH OUT   write the base checkpoint, bit for bit; files other than weights come from FUSED
-info    PATCH             show where a patch comes from and what it changes
+extract BASE FUSED OUT             write the patch that turns one checkpoint folder into the other
+apply   BASE PATCH OUT             write the fused checkpoint; files other than weights come from BASE
+remove  FUSED PATCH OUT            write the base checkpoint, bit for bit; files other than weights come from FUSED
+stitch  BASE PATCH [PATCH ...] OUT write one patch of several tasks' patches: each entry is its mean where they meet
+info    PATCH                      show where a patch comes from and what it changes
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +72,19 @@ def flip(folder: Path, patch_file: Path, out: Path, *, removing: bool) -> None:
             file=sys.stderr,
         )
     print(f"{out}: {'removed' if removing else 'applied'} {summary(patch)}")
+
+
+def stitch(base_folder: Path, patch_files: Sequence[Path], out: Path) -> None:
+    """Writes the mean of the patches, each entry's over those that change it; BASE is read a tensor at a time."""
+    from tailor.checkpoint import Checkpoint
+    from tailor.stitch import stitch_patches
+
+    if out.exists():
+        raise CheckpointError(f"{out}: already exists; remove it or choose another file")
+    patches = [load(path) for path in patch_files]
+    patch = stitch_patches(Checkpoint(base_folder), patches)
+    patch.save(out)
+    print(f"{out}: stitched {len(patches)} patches to {summary(patch)}")
 
 
 def info(patch_file: Path) -> None:
@@ -141,11 +156,12 @@ def size(count: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.patch", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="extract|apply|remove|info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="extract|apply|remove|stitch|info")
     for command, (description, arguments) in COMMANDS.items():
         subparser = commands.add_parser(command, help=description, description=description)
         for argument in arguments:
-            subparser.add_argument(argument, type=Path, metavar=argument.upper(), help=ARGUMENTS[argument])
+            several = {"nargs": "+", "metavar": "PATCH"} if argument == "patches" else {"metavar": argument.upper()}
+            subparser.add_argument(argument, type=Path, help=ARGUMENTS[argument], **several)
     chosen = parser.parse_args()
     try:
         match chosen.command:
@@ -155,6 +171,8 @@ def main() -> None:
                 flip(chosen.base, chosen.patch, chosen.out, removing=False)
             case "remove":
                 flip(chosen.fused, chosen.patch, chosen.out, removing=True)
+            case "stitch":
+                stitch(chosen.base, chosen.patches, chosen.out)
             case "info":
                 info(chosen.patch)
     except FORESEEN as error:
@@ -165,12 +183,14 @@ COMMANDS = {
     "extract": ("write the patch that turns BASE into FUSED", ("base", "fused", "out")),
     "apply": ("write BASE with the patch applied", ("base", "patch", "out")),
     "remove": ("write FUSED with the patch removed: its base", ("fused", "patch", "out")),
+    "stitch": ("write one patch of several tasks' patches of BASE", ("base", "patches", "out")),
     "info": ("show where a patch comes from and what it changes", ("patch",)),
 }
 ARGUMENTS = {
     "base": "checkpoint folder",
     "fused": "checkpoint folder of the same tensors",
     "patch": "patch file",
+    "patches": "patch files",
     "out": "what to write, a patch file or a checkpoint folder; must not exist yet",
 }
 

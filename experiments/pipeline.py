@@ -9,8 +9,8 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import torch
 import transformers
 
@@ -18,137 +18,193 @@ from evaluation.aggregate import average, h_score
 from evaluation.records import Score, read_predictions, write_predictions
 from evaluation.score import score_predictions
 from experiments.artifacts import Artifact, Store
+from experiments.context import CHECKPOINT, Context
 from experiments.data import BenchmarkData, check_suite, identity, module_of
-from experiments.models.adapter import Loaded, Placement, Sample, device_of
+from experiments.errors import ConfigError
+from experiments.models.adapter import Loaded, device_of
 from experiments.runs import SCORES, Builds, Record
 from experiments.schema import Experiment
-from experiments.stages.calibrate import draw
 from experiments.stages.evaluate import generate
 from experiments.stages.fuse import PATCH, REPORT, Weights, fuse_into, fused_weights
 from experiments.stages.grams import collect_grams
+from experiments.stages.retain import sources
+from experiments.stages.stitch import stitch_into
 from experiments.stages.target import TargetLoss
-from tailor.checkpoint import Checkpoint
+from experiments.tasks import SAMPLES, TaskStages
 from tailor.gram import Grams
-from tailor.method import Evidence, GramEvidence
+from tailor.method import Evidence, sees_old_tasks
+from tailor.methods.stitched import Stitched
 from tailor.methods.zero_shot import ZeroShot
 from tailor.patch import Patch
-from tailor.scope import changed_tensors
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT = "checkpoint"
 
 
 def run(parts: Experiment, folder: Path, record: Record) -> None:
     """Runs ``parts`` and fills ``folder``: patch, fusion report, predictions, scores."""
     torch.set_num_threads(parts.threads)
     transformers.utils.logging.disable_progress_bar()  # the stages show their own
-    check_suite(parts.suite, parts.task)
+    check(parts)
+    record.update(
+        targets=[task.name for task in parts.tasks],
+        learnt_targets=_learnt(parts),
+        sees_old_tasks=sees_old_tasks(parts.method),
+    )
     for left in (PATCH, REPORT, SCORES):  # by an earlier run in this folder
         (folder / left).unlink(missing_ok=True)
     shutil.rmtree(folder / "predictions", ignore_errors=True)
-    pipeline = Pipeline(
-        parts, Builds(Store(Path(parts.home), {"threads": parts.threads}), record), device_of(parts.device)
-    )
+    store = Store(Path(parts.home), {"threads": parts.threads})
+    pipeline = Pipeline(Context(parts, Builds(store, record), device_of(parts.device)))
     fusion, weights = pipeline.fused()
-    scores = pipeline.scores(weights, fusion.key, folder / "predictions")
+    pretrained, targets = pipeline.scores(weights, fusion.key, folder / "predictions")
     shutil.copyfile(fusion.folder / REPORT, folder / REPORT)
     if weights.patch is not None:
         _link(weights.patch, folder / PATCH)
-    pretrained, target = scores[:-1], scores[-1]
-    values = [score.value for score in pretrained]
-    summary = {"average": average(values, [target.value]), "h_score": h_score(values, [target.value])}
-    stored = {"pretrained": [s.to_json() for s in pretrained], "target": target.to_json(), "summary": summary}
+    values = [[score.value for score in scores] for scores in (pretrained, targets)]
+    summary = {"average": average(*values), "h_score": h_score(*values)}
+    stored = {
+        "pretrained": [score.to_json() for score in pretrained],
+        "targets": [score.to_json() for score in targets],
+        "summary": summary,
+    }
     (folder / SCORES).write_text(json.dumps(stored, indent=1) + "\n")
     parts.logger.log(folder)
     log.info("%s: Avg %.2f, H-score %.2f", parts.choices["baseline"], summary["average"], summary["h_score"])
+
+
+def check(parts: Experiment) -> None:
+    """Before any stage: raises ConfigError if the parts don't fit each other, and what `check_suite` raises."""
+    check_suite(parts.suite, *parts.tasks)
+    if isinstance(parts.method, Stitched) and not parts.other_tasks:
+        raise ConfigError(
+            f"baseline={parts.choices['baseline']}: stitching takes several tasks, and there is {parts.task.name} "
+            "alone; add one, such as +task@other_tasks.second=digits_okvqa, or choose experiment=digits_llava_stitched"
+        )
+    if sees_old_tasks(parts.method):
+        sources(parts.calibration, parts.suite)
+
+
+def _learnt(parts: Experiment) -> list[str]:
+    """The targets that the method makes use of."""
+    if isinstance(parts.method, ZeroShot):
+        return []
+    return [task.name for task in (parts.tasks if isinstance(parts.method, Stitched) else [parts.task])]
 
 
 @dataclass(frozen=True)
 class Pipeline:
     """The stages of one run. Each is a function of artifacts before it, and is looked up before it is built."""
 
-    parts: Experiment
-    builds: Builds
-    device: torch.device
+    context: Context
+
+    @property
+    def parts(self) -> Experiment:
+        return self.context.parts
 
     @cached_property
-    def base(self) -> Artifact:
-        base = self.parts.model.base
-
-        def make(out: Path) -> None:
-            base.build(out / CHECKPOINT)
-
-        return self.builds.build("base", {"base": identity(base)}, [module_of(base)], make)
+    def task(self) -> TaskStages:
+        return TaskStages(self.context, self.parts.task, whose="")
 
     @cached_property
-    def finetuned(self) -> Artifact:
-        parts = self.parts
-        inputs = {**self._data, "base": self.base.key, "training": identity(parts.training)}
-
-        def make(out: Path) -> None:
-            rows = parts.task.samples(parts.task.train, parts.model.adapter.prompt_style)
-            losses = parts.training.finetune(
-                parts.model.adapter, self._base_folder, rows, out / CHECKPOINT, parts.seed, self.device
-            )
-            pd.DataFrame({"step": range(1, len(losses) + 1), "loss": losses}).to_csv(out / "losses.csv", index=False)
-
-        return self.builds.build("finetuned", inputs, [module_of(parts.training), *self._task_modules], make)
+    def tasks(self) -> tuple[TaskStages, ...]:
+        return (self.task, *(TaskStages(self.context, other, whose=other.name) for other in self.parts.other_tasks))
 
     @property
     def tuned(self) -> Artifact:
         """What is fused with the base: the fine-tuned model, or for zero-shot, which needs none, the base again."""
-        return self.base if isinstance(self.parts.method, ZeroShot) else self.finetuned
+        return self.context.base if isinstance(self.parts.method, ZeroShot) else self.task.finetuned
 
     @cached_property
-    def grams(self) -> Artifact:
-        parts, adapter = self.parts, self.parts.model.adapter
-        inputs = {**self._data, "finetuned": self.finetuned.key, "calibration": parts.calibration.collection()}
-
-        def make(out: Path) -> None:
-            loaded = self._load(Weights(self._finetuned_folder, None), torch.float32)
-            layers = changed_tensors(Checkpoint(self._base_folder), Checkpoint(self._finetuned_folder))
-            batch_size = parts.calibration.batch_size
-            for name in ("samples", "held_out"):
-                grams = collect_grams(adapter, loaded, self._samples(name), layers, batch_size, f"calibrate ({name})")
-                grams.save(out / f"{name}.safetensors")
-
-        return self.builds.build("grams", inputs, [collect_grams.__module__, *self._task_modules], make)
-
-    def fused(self) -> tuple[Artifact, Weights]:
-        parts, method = self.parts, self.parts.method
+    def retain(self) -> Artifact:
+        """Grams of samples of the old tasks in the pretrained model, for the layers that have one of the target."""
+        parts, adapter, base = self.parts, self.parts.model.adapter, self.context.base
+        drawn = sources(parts.calibration, parts.suite)
+        layers = sorted(self.task.evidence().calibration)
+        batch_size = parts.calibration.batch_size
         inputs = {
-            "method": identity(method),
-            "base": self.base.key,
-            "finetuned": self.tuned.key,
+            "base": base.key,
+            "samples": [source.identity() for source in drawn],
+            "layers": layers,
+            "batch_size": batch_size,
+            "adapter": identity(adapter),
             "seed": parts.seed,
             "device": parts.device,
         }
-        if method.needs == "grams":
-            inputs["grams"] = self.grams.key
-        if method.needs == "gradients":
-            inputs |= self._data | {"calibration": parts.calibration.collection()}
 
         def make(out: Path) -> None:
-            folders = (self._base_folder, self.tuned.folder / CHECKPOINT)
-            fuse_into(out, *folders, method, self._evidence(), parts.seed, self.device)
+            samples = [sample for each in drawn for sample in each.samples(parts.seed, adapter.prompt_style)]
+            loaded = self.context.load(Weights(self.context.base_folder, None), torch.float32)
+            grams = collect_grams(adapter, loaded, samples, layers, batch_size, "calibrate (retain)")
+            grams.save(out / f"{SAMPLES}.safetensors")
+
+        modules = [collect_grams.__module__, module_of(adapter), *(name for each in drawn for name in each.modules())]
+        return self.context.build("retain", inputs, modules, make)
+
+    def fused(self) -> tuple[Artifact, Weights]:
+        if isinstance(self.parts.method, Stitched):
+            return self._stitched(self.parts.method)
+        parts, method, base_folder = self.parts, self.parts.method, self.context.base_folder
+        inputs = {**self._fusion, "finetuned": self.tuned.key}
+        if method.needs == "grams":
+            inputs["grams"] = self.task.grams.key
+        if sees_old_tasks(method):
+            inputs["retain"] = self.retain.key
+        if method.needs == "gradients":
+            inputs |= self.task.data | {"calibration": parts.calibration.collection()}
+        tuned_folder = self.tuned.folder / CHECKPOINT
+
+        def make(out: Path) -> None:
+            fuse_into(out, base_folder, tuned_folder, method, self._evidence(), parts.seed, self.context.device)
 
         modules = [module_of(method), fuse_into.__module__]
         if method.needs == "gradients":
-            modules += [TargetLoss.__module__, *self._task_modules]
-        fusion = self.builds.build("fused", inputs, modules, make)
-        return fusion, fused_weights(method, self._base_folder, self.tuned.folder / CHECKPOINT, fusion.folder)
+            modules += [TargetLoss.__module__, *self.task.modules]
+        fusion = self.context.build("fused", inputs, modules, make)
+        return fusion, fused_weights(method, base_folder, tuned_folder, fusion.folder)
 
-    def scores(self, weights: Weights, fusion_key: str, predictions: Path) -> list[Score]:
-        """Scores of the pretrained benchmarks, then of the target; predictions are copied into ``predictions``."""
+    def _stitched(self, method: Stitched) -> tuple[Artifact, Weights]:
+        learnt = [{"finetuned": task.finetuned.key, "grams": task.grams.key} for task in self.tasks]
+
+        def make(out: Path) -> None:
+            folders = [task.finetuned_folder for task in self.tasks]
+            evidence = [task.evidence() for task in self.tasks]
+            base_folder, seed = self.context.base_folder, self.parts.seed
+            stitch_into(out, base_folder, folders, method, evidence, seed, self.context.device)
+
+        modules = [module_of(method), stitch_into.__module__]
+        fusion = self.context.build("fused", {**self._fusion, "tasks": learnt}, modules, make)
+        return fusion, Weights(self.context.base_folder, fusion.folder / PATCH)
+
+    @property
+    def _fusion(self) -> dict[str, Any]:
+        return {
+            "method": identity(self.parts.method),
+            "base": self.context.base.key,
+            "seed": self.parts.seed,
+            "device": self.parts.device,
+        }
+
+    def _evidence(self) -> Evidence:
+        method = self.parts.method
+        match method.needs:
+            case "grams":
+                seen = Grams.load(self.retain.folder / f"{SAMPLES}.safetensors") if sees_old_tasks(method) else None
+                return self.task.evidence(retain=seen)
+            case "gradients":
+                return self.task.loss()
+        return None
+
+    def scores(self, weights: Weights, fusion_key: str, predictions: Path) -> tuple[list[Score], list[Score]]:
+        """Scores of the pretrained benchmarks, and of the targets; predictions are copied into ``predictions``."""
         predictions.mkdir(exist_ok=True)
         loaded: list[Loaded] = []
-        scores = []
-        for data in (*self.parts.suite, self.parts.task.test):
+
+        def score(data: BenchmarkData) -> Score:
             answered = self._answers(weights, fusion_key, data, loaded)
             shutil.copyfile(answered.folder / "predictions.jsonl", predictions / f"{data.name}.jsonl")
-            scores.append(self._score(data, predictions / f"{data.name}.jsonl"))
-        return scores
+            return self._score(data, predictions / f"{data.name}.jsonl")
+
+        return [score(data) for data in self.parts.suite], [score(task.test) for task in self.parts.tasks]
 
     def _answers(self, weights: Weights, fusion_key: str, data: BenchmarkData, loaded: list[Loaded]) -> Artifact:
         parts, adapter = self.parts, self.parts.model.adapter
@@ -166,13 +222,13 @@ class Pipeline:
 
         def make(out: Path) -> None:
             if not loaded:  # once for all benchmarks, and not at all if every answer is there
-                loaded.append(self._load(weights, getattr(torch, parts.dtype)))
+                loaded.append(self.context.load(weights, getattr(torch, parts.dtype)))
             examples = data.examples(adapter.prompt_style)
             answers = generate(adapter, loaded[0], examples, instruction.generation, parts.batch_size, data.name)
             write_predictions(out / "predictions.jsonl", answers)
 
         modules = [generate.__module__, *map(module_of, (adapter, data, data.benchmark, data.rows, Patch))]
-        return self.builds.build(f"answers/{data.name}", inputs, modules, make)
+        return self.context.build(f"answers/{data.name}", inputs, modules, make)
 
     def _score(self, data: BenchmarkData, predictions: Path) -> Score:
         style = self.parts.model.adapter.prompt_style
@@ -181,57 +237,6 @@ class Pipeline:
             data.benchmark, data.examples(style), read_predictions(predictions), data.instruction(style), revision
         )
         return score
-
-    def _evidence(self) -> Evidence:
-        match self.parts.method.needs:
-            case "grams":
-                folder = self.grams.folder
-                return GramEvidence(*(Grams.load(folder / f"{name}.safetensors") for name in ("samples", "held_out")))
-            case "gradients":
-                return TargetLoss(
-                    self.parts.model.adapter,
-                    self._load(Weights(self._base_folder, None), torch.float32),
-                    self._samples("samples"),
-                    self._samples("held_out"),
-                    self.parts.calibration.batch_size,
-                )
-        return None
-
-    def _load(self, weights: Weights, dtype: torch.dtype) -> Loaded:
-        loaded = self.parts.model.adapter.load(weights.folder, dtype, Placement(self.device))
-        if weights.patch is not None:
-            loaded.set_weights(Patch.load(weights.patch).apply_to(Checkpoint(weights.folder)))
-        return loaded
-
-    @property
-    def _base_folder(self) -> Path:
-        return self.base.folder / CHECKPOINT
-
-    @property
-    def _finetuned_folder(self) -> Path:
-        return self.finetuned.folder / CHECKPOINT
-
-    @property
-    def _task_modules(self) -> list[str]:
-        """The code that turns the task's rows into batches."""
-        task = self.parts.task
-        return [module_of(part) for part in (task, task.test.benchmark, task.train, task.dev, self.parts.model.adapter)]
-
-    @property
-    def _data(self) -> dict[str, object]:
-        parts = self.parts
-        return {
-            "task": parts.task.identity(),
-            "adapter": identity(parts.model.adapter),
-            "seed": parts.seed,
-            "device": parts.device,
-        }
-
-    def _samples(self, setting: str) -> list[Sample]:
-        """The calibration's ``samples`` from the target's training rows, or its ``held_out`` from development rows."""
-        parts, task = self.parts, self.parts.task
-        rows = task.samples(task.dev if setting == "held_out" else task.train, parts.model.adapter.prompt_style)
-        return draw(rows, getattr(parts.calibration, setting), parts.seed, f"calibration.{setting}")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ python -m experiments.run -m experiment=digits_llava_flickr baseline=zero_shot,f
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def job(composed: DictConfig) -> None:
 def overrides() -> list[str]:
     """What this job's overrides set besides the choices that name its table and row; seeds are averaged over."""
     told_apart = ("model", "task", "experiment", "baseline", "seed", "logger", "home")
-    return [o for o in HydraConfig.get().overrides.task if o.lstrip("+~").partition("=")[0] not in told_apart]
+    # "task@other_tasks.second" is a choice of task too.
+    return [o for o in HydraConfig.get().overrides.task if re.split("[@=]", o.lstrip("+~"))[0] not in told_apart]
 
 
 def main() -> None:

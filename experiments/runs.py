@@ -23,6 +23,8 @@ from experiments.errors import FORESEEN, RunsError
 
 log = logging.getLogger(__name__)
 SCORES = "scores.json"
+OLD_TASK_MARK = "†"
+OLD_TASK_NOTE = f"{OLD_TASK_MARK} also saw training samples of the pretrained benchmarks"
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,35 @@ class Run:
     def finished(self) -> bool:
         return bool(self.manifest["status"] == "finished")
 
-    def scores(self) -> tuple[list[Score], Score, dict[str, float]]:
-        """(pretrained, target, {average, h_score}). Raises RunsError."""
+    @property
+    def sees_old_tasks(self) -> bool:
+        """Whether the method learnt from samples of the pretrained benchmarks as well. Raises RunsError."""
+        return bool(self._told("sees_old_tasks"))
+
+    @property
+    def table(self) -> tuple[str, str]:
+        """The model and the task, or all targets where there are several: what a table is about. Raises RunsError."""
+        choices, targets = self.manifest["choices"], self._told("targets")
+        return choices["model"], choices["task"] if len(targets) == 1 else " + ".join(sorted(targets))
+
+    @property
+    def method(self) -> str:
+        """``label`` and, where only some of several targets were learnt, which. Raises RunsError."""
+        targets, learnt = self._told("targets"), self._told("learnt_targets")
+        return f"{self.label} ({', '.join(learnt)})" if 0 < len(learnt) < len(targets) else self.label
+
+    def scores(self) -> tuple[list[Score], list[Score], dict[str, float]]:
+        """(pretrained, targets, {average, h_score}); the first target is `task`. Raises RunsError."""
         path = self.folder / SCORES
         try:
             stored = json.loads(path.read_text())
             pretrained = [Score.from_json(score) for score in stored["pretrained"]]
-            return pretrained, Score.from_json(stored["target"]), stored["summary"]
+            return pretrained, [Score.from_json(score) for score in stored["targets"]], stored["summary"]
         except (OSError, ValueError, KeyError) as error:
             raise RunsError(f"{path}: cannot be read ({error!r}); run it again") from error
+
+    def _told(self, name: str) -> Any:
+        return _require(self.manifest, self.folder / MANIFEST, name)[name]
 
 
 @dataclass
@@ -113,19 +135,31 @@ def read_run(folder: Path) -> Run:
     return Run(folder, manifest, _label(manifest, shared=set()))
 
 
-def read_runs(folder: Path) -> list[Run]:
-    """The runs of a sweep's folder in order, or the one run of a run's folder. Raises RunsError if there is none.
+def read_runs(*folders: Path) -> list[Run]:
+    """The runs of sweeps' folders in order, or the one run of a run's folder. Raises RunsError if there is none in one.
 
     Labels leave out the overrides that all these runs share.
     """
+    if len(folders) == 1 and (folders[0] / MANIFEST).is_file():
+        return [read_run(folders[0])]
+    jobs = [job for folder in folders for job in _jobs(folder)]
+    manifests = [_manifest(job) for job in jobs]
+    shared = set.intersection(*(set(manifest["overrides"]) for manifest in manifests))
+    return [Run(job, each, _label(each, shared)) for job, each in zip(jobs, manifests, strict=True)]
+
+
+def marked(name: str, sees_old_tasks: bool) -> str:
+    """``name`` as it is shown: with the mark of `OLD_TASK_NOTE` if that holds for it."""
+    return f"{name} {OLD_TASK_MARK}" if sees_old_tasks else name
+
+
+def _jobs(folder: Path) -> list[Path]:
     if (folder / MANIFEST).is_file():
-        return [read_run(folder)]
-    jobs = sorted(folder.glob(f"*/{MANIFEST}"), key=lambda path: (len(path.parent.name), path.parent.name))
+        return [folder]
+    jobs = [path.parent for path in folder.glob(f"*/{MANIFEST}")]
     if not jobs:
         raise RunsError(f"{folder}: holds no run; make one with `python -m experiments.run`")
-    manifests = [_manifest(path.parent) for path in jobs]
-    shared = set.intersection(*(set(manifest["overrides"]) for manifest in manifests))
-    return [Run(path.parent, each, _label(each, shared)) for path, each in zip(jobs, manifests, strict=True)]
+    return sorted(jobs, key=lambda job: (len(job.name), job.name))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -134,7 +168,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunsError(f"{path}: cannot be read ({error}); is this the folder of a run?") from error
-    if missing := [name for name in ("status", "choices", "overrides") if name not in manifest]:
+    return _require(manifest, path, "status", "choices", "overrides")
+
+
+def _require(manifest: dict[str, Any], path: Path, *names: str) -> dict[str, Any]:
+    if missing := [name for name in names if name not in manifest]:
         raise RunsError(f"{path}: lacks {', '.join(missing)}; no run of this version wrote it: run it again")
     return manifest
 

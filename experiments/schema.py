@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # composing and checking a configuration must not wait for to
     from experiments.stages.finetune import Training
     from experiments.tracking import Tracking
     from tailor.method import Method
+    from tailor.methods.stitched import Stitched
 
 DTYPES = ("float32", "bfloat16", "float16")
 GROUPS = ("model", "task", "baseline", "training", "calibration", "suite", "logger")
@@ -29,6 +30,7 @@ class RunConfig:
 
     model: Any
     task: Any
+    other_tasks: dict[str, Any]
     baseline: Any
     training: Any
     calibration: Any
@@ -50,7 +52,8 @@ class Experiment:
 
     model: PretrainedModel
     task: Task
-    method: Method
+    other_tasks: tuple[Task, ...]
+    method: Method | Stitched
     training: Training
     calibration: Calibration
     suite: tuple[BenchmarkData, ...]
@@ -64,6 +67,11 @@ class Experiment:
     config: Mapping[str, Any]
     choices: Mapping[str, str]
 
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """All targets: they are scored, whichever of them the method learns."""
+        return (self.task, *self.other_tasks)
+
 
 def experiment(composed: DictConfig, choices: Mapping[str, str]) -> Experiment:
     """The parts of a composed configuration. Raises ConfigError naming the key or group, or what a part raises."""
@@ -72,9 +80,11 @@ def experiment(composed: DictConfig, choices: Mapping[str, str]) -> Experiment:
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
     parts = {group: instantiate_group(group, resolved[group]) for group in GROUPS}
+    other_tasks = [instantiate_group("task", node) for node in resolved["other_tasks"].values()]
     return Experiment(
         model=parts["model"],
         task=parts["task"],
+        other_tasks=tuple(other_tasks),
         method=parts["baseline"],
         training=parts["training"],
         calibration=parts["calibration"],

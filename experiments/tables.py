@@ -1,8 +1,8 @@
-"""Tables and figures of finished runs: ``python -m experiments.tables [FOLDER]``, the newest sweep if none is named.
+"""Tables and figures of finished runs: ``python -m experiments.tables [FOLDER ...]``, by default of the newest sweep.
 
-Prints, for each model and target, methods against benchmarks in the paper's layout, and writes beside the runs the
-same numbers as ``table.csv`` and ``table.md``, the trade-off between old and new tasks, and examples of what each model
-answers.
+Prints, for each model and target (or set of targets), methods against benchmarks in the paper's layout, and writes into
+the first folder the same numbers as ``table.csv`` and ``table.md``, the trade-off between old and new tasks, and
+examples of what each model answers. Methods that saw samples of old tasks are marked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.table import Table
 from experiments.artifacts import write_atomically
 from experiments.console import console
 from experiments.errors import FORESEEN, RunsError
-from experiments.runs import Run, read_runs
+from experiments.runs import OLD_TASK_NOTE, Run, marked, read_runs
 from experiments.stages.fuse import REPORT
 
 SUMMARY = {"average": "Avg", "h_score": "H-score"}
@@ -31,19 +31,23 @@ UNITS = ((1e9, "B", 2), (1e6, "M", 1), (1e3, "k", 1), (1, "", 0))
 
 
 def collect(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a number: model, task, method, seed, column, role (params, pretrained, target, summary), value."""
+    """One row a number: model, task, method, old_task_data, seed, column, role and value.
+
+    task: all targets where there are several; old_task_data: whether the method also saw samples of the pretrained
+    benchmarks; role: params, pretrained, target or summary.
+    """
     rows = []
     for run in runs:
-        pretrained, target, summary = run.scores()
+        pretrained, targets, summary = run.scores()
         changed = json.loads((run.folder / REPORT).read_text())["totals"]["changed_count"]
         cells = [(PARAMETERS, PARAMETERS, changed)]
         cells += [(score.benchmark, "pretrained", score.value) for score in pretrained]
-        cells += [(target.benchmark, "target", target.value)]
+        cells += [(score.benchmark, "target", score.value) for score in targets]
         cells += [(SUMMARY[name], "summary", summary[name]) for name in SUMMARY]
-        choices = run.manifest["choices"]
-        for column, role, value in cells:
-            rows.append((choices["model"], choices["task"], run.label, run.manifest["seed"], column, role, value))
-    numbers = pd.DataFrame(rows, columns=["model", "task", "method", "seed", "column", "role", "value"])
+        row = (*run.table, run.method, run.sees_old_tasks, run.manifest["seed"])
+        rows += [(*row, *cell) for cell in cells]
+    columns = ["model", "task", "method", "old_task_data", "seed", "column", "role", "value"]
+    numbers = pd.DataFrame(rows, columns=columns)
     cell = ["model", "task", "method", "seed", "column"]
     if (twice := numbers[numbers.duplicated(cell)]).size:
         model, task, method, seed, _ = twice.iloc[0][cell]
@@ -69,9 +73,12 @@ class Layout:
     title: str
     columns: list[str]
     rows: list[tuple[str, list[tuple[str, str]]]]
+    note: str
 
     def terminal(self) -> Table:
         table = Table(title=self.title, title_justify="left", title_style="bold")
+        if self.note:
+            table.caption, table.caption_justify = self.note, "left"
         for number, column in enumerate(("method", *self.columns)):
             table.add_column(column, justify="right" if number else "left", no_wrap=True)
         for method, cells in self.rows:
@@ -83,8 +90,9 @@ class Layout:
         lines = [f"**{self.title}**", "", f"| method | {' | '.join(self.columns)} |"]
         lines.append("|---|" + "---:|" * len(self.columns))
         for method, cells in self.rows:
-            marked = [text.join(marks[style]) for text, style in cells]
-            lines.append(f"| {method} | {' | '.join(marked)} |")
+            styled = [text.join(marks[style]) for text, style in cells]
+            lines.append(f"| {method} | {' | '.join(styled)} |")
+        lines += ["", self.note] if self.note else []
         return "\n".join(lines) + "\n"
 
 
@@ -95,8 +103,10 @@ def lay_out(part: pd.DataFrame, title: str) -> Layout:
     styles = {column: _styles(mean[column]) for column in mean.columns if roles[column] != PARAMETERS}
     rows = []
     seeds = part.groupby("method")["seed"].nunique()
+    sees_old_tasks = part.groupby("method")["old_task_data"].any()
     for method in mean.index:
-        name = method if seeds[method] == seeds.max() else f"{method} (n={seeds[method]})"
+        name = marked(method, sees_old_tasks[method])
+        name += "" if seeds[method] == seeds.max() else f" (n={seeds[method]})"
         cells = []
         for column in mean.columns:
             spread = deviation.loc[method, column]
@@ -104,7 +114,7 @@ def lay_out(part: pd.DataFrame, title: str) -> Layout:
             cells.append((text, styles[column][method] if column in styles else ""))
         rows.append((name, cells))
     columns = [f"{column} *" if roles[column] == "target" else str(column) for column in mean.columns]
-    return Layout(title, columns, rows)
+    return Layout(title, columns, rows, note=OLD_TASK_NOTE if sees_old_tasks.any() else "")
 
 
 def _styles(values: pd.Series) -> dict[str, str]:
@@ -130,11 +140,11 @@ def newest_sweep() -> Path:
     return sweeps[-1]
 
 
-def show(folder: Path, out: Console) -> bool:
-    """Prints tables and draws figures of the runs in ``folder``; True if every run there has finished."""
+def show(folder: Path, out: Console, *others: Path) -> bool:
+    """Prints tables and draws figures, into ``folder``, of the runs there and in ``others``; True if all finished."""
     from experiments.figures import draw_examples, draw_trade_off  # matplotlib: only for those who draw
 
-    runs = read_runs(folder)
+    runs = read_runs(folder, *others)
     finished = [run for run in runs if run.finished]
     if not finished:
         raise RunsError(f"{folder}: none of its {len(runs)} runs has finished; the first says: {_reason(runs[0])}")
@@ -145,23 +155,25 @@ def show(folder: Path, out: Console) -> bool:
     for (model, task), part in numbers.groupby(["model", "task"], sort=False):
         seeds = part["seed"].nunique()
         over = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
-        layout = lay_out(part, f"{model} fine-tuned on {task}{over} (* target)")
+        several = part.loc[part["role"] == "target", "column"].nunique() > 1
+        what = "with the targets" if several else "fine-tuned on"  # one row may have learnt both, another either
+        layout = lay_out(part, f"{model} {what} {task}{over} (* target)")
         out.print(layout.terminal())
         tables.append(layout.markdown())
-        here = [
-            run
-            for run in finished
-            if (run.manifest["choices"]["model"], run.manifest["choices"]["task"]) == (model, task)
-        ]
+        here = [run for run in finished if run.table == (model, task)]
+        name = f"{model}_{task.replace(' + ', '_')}"
         written += [
-            draw_trade_off(part, f"{model}, {task}", folder / f"trade_off_{model}_{task}.png"),
-            draw_examples(here, folder / f"examples_{model}_{task}.png"),
+            draw_trade_off(part, f"{model}, {task}", folder / f"trade_off_{name}.png"),
+            draw_examples(here, folder / f"examples_{name}.png"),
         ]
     write_atomically(folder / "table.md", "\n".join(tables))
     for run in runs:
         if not run.finished:
             out.print(f"[red]{run.manifest['status']}[/]: {run.label} ({run.folder}): {_reason(run)}")
-    out.print(f"runs: {folder}", soft_wrap=True)
+    for each in (folder, *others):
+        out.print(f"runs: {each}", soft_wrap=True)
+    if others:
+        out.print(f"files in {folder}:", soft_wrap=True)
     for path in written:
         out.print(f"      {path.name}", soft_wrap=True)
     return len(finished) == len(runs)
@@ -173,10 +185,13 @@ def _reason(run: Run) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables and figures of finished runs.")
-    parser.add_argument("folder", type=Path, nargs="?", help="folder of a sweep or a run (default: the newest sweep)")
+    parser.add_argument(
+        "folder", type=Path, nargs="*", help="folders of sweeps or runs, shown together (default: the newest sweep)"
+    )
     arguments = parser.parse_args()
     try:
-        whole = show(arguments.folder or newest_sweep(), console(width=200))
+        first, *others = arguments.folder or [newest_sweep()]
+        whole = show(first, console(width=200), *others)
     except FORESEEN as error:
         sys.exit(f"error: {error}")
     sys.exit(0 if whole else 1)

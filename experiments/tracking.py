@@ -12,6 +12,7 @@ from experiments.runs import read_run
 from experiments.stages.fuse import REPORT
 
 MODES = ("offline", "online")
+OLD_TASK_TAG = "old_task_data"
 
 
 class Tracking(Protocol):
@@ -43,7 +44,7 @@ class Wandb:
         from omegaconf import OmegaConf
 
         run = read_run(folder)
-        pretrained, target, summary = run.scores()
+        pretrained, targets, summary = run.scores()
         report = json.loads((folder / REPORT).read_text())
         with wandb.init(
             project=self.project,
@@ -52,14 +53,16 @@ class Wandb:
             name=run.label,
             dir=folder,
             config=OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")),
+            tags=[OLD_TASK_TAG] if run.sees_old_tasks else [],
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         ) as tracked:
             values = {f"pretrained/{score.benchmark}": score.value for score in pretrained}
-            values |= {f"target/{target.benchmark}": target.value, **summary}
+            values |= {f"target/{score.benchmark}": score.value for score in targets} | summary
             values |= {f"fusion/{name}": report["totals"][name] for name in ("mask_count", "changed_count")}
             table = wandb.Table(columns=["benchmark", "role", "metric", "value"])
-            for role, score in [*(("pretrained", score) for score in pretrained), ("target", target)]:
-                table.add_data(score.benchmark, role, score.metric, score.value)
+            for role, scores in (("pretrained", pretrained), ("target", targets)):
+                for score in scores:
+                    table.add_data(score.benchmark, role, score.metric, score.value)
             layers = wandb.Table(columns=["name", "fate", "numel", "mask_count", "changed_count", "error"])
             for row in report["tensors"]:
                 layers.add_data(*(row[column] for column in layers.columns[:-1]), _error(row))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from tailor.method import Method
+from tailor.method import Method, sees_old_tasks
 
 Fate = Literal["fused", "kept", "copied", "tied"]
 
@@ -51,18 +51,22 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """Method, settings and seed of a fusion, and a row for each tensor of the checkpoint, sorted by name."""
+    """Method, settings and seed of a fusion, and a row for each tensor of the checkpoint, sorted by name.
+
+    `sees_old_tasks` marks a method that learnt from samples of old tasks besides those of the target.
+    """
 
     method: str
     settings: Mapping[str, Any]
     seed: int
+    sees_old_tasks: bool
     tensors: tuple[TensorReport, ...]
 
     @classmethod
     def of(cls, method: Method, seed: int, tensors: Iterable[TensorReport]) -> FusionReport:
         """The report on a method's run."""
         rows = tuple(sorted(tensors, key=lambda row: row.name))
-        return cls(type(method).__name__, settings_of(method), seed, rows)
+        return cls(type(method).__name__, settings_of(method), seed, sees_old_tasks(method), rows)
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -105,6 +109,7 @@ class FusionReport:
             "method": self.method,
             "settings": dict(self.settings),
             "seed": self.seed,
+            "sees_old_tasks": self.sees_old_tasks,
             "totals": self.totals,
             "decorator_order": {tokens: self.decorator_order(tokens) for tokens in ("calibration", "held_out")},
             "tensors": [row.to_json() for row in self.tensors],

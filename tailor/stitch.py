@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from tailor.checkpoint import Checkpoint
-from tailor.decorate import decorate, layer_error
+from tailor.decorate import Decorator, decorate, layer_error
 from tailor.errors import InvalidSetting, NotFinite, PatchError, TailorError
 from tailor.fuse import Weights, fused_tensors
-from tailor.method import Evidence, EvidenceKind, Fused, GramEvidence, Rng, difference, grams_of
+from tailor.method import Evidence, EvidenceKind, Fused, GramEvidence, Rng, difference, grams_of, sees_old_tasks
 from tailor.methods.tailor import Tailor, require_a_gram
 from tailor.patch import Patch
 from tailor.report import FusionReport, TensorReport, settings_of
@@ -69,11 +69,7 @@ def stitch(
         raise InvalidSetting(
             f"stitching: {len(finetuned)} fine-tuned models with {len(evidence)} sets of Grams; give one for each task"
         )
-    if how == "joint" and method.decorator != "exact":
-        raise InvalidSetting(
-            f"stitching: joint solves for the compensation itself, so the decorator {method.decorator!r} would not be "
-            "used; set it to 'exact'"
-        )
+    require_decorator(how, method.decorator)
     base = _open(pretrained)
     selected = None if scope is None else select(base, scope)
     tasks = tuple(
@@ -99,7 +95,17 @@ def stitch(
         "tasks": sorted(_folder_name(task.weights) for task in tasks),
     }
     patch = Patch.between(base, tensors(), header)
-    return patch, FusionReport("stitch", settings, seed, tuple(sorted(rows, key=lambda row: row.name)))
+    tensors_by_name = tuple(sorted(rows, key=lambda row: row.name))
+    return patch, FusionReport("stitch", settings, seed, sees_old_tasks(method), tensors_by_name)
+
+
+def require_decorator(how: Stitching, decorator: Decorator) -> None:
+    """Raise InvalidSetting for `joint` with another decorator than `exact`, which would silently not be used."""
+    if how == "joint" and decorator != "exact":
+        raise InvalidSetting(
+            f"stitching: joint solves for the compensation itself, so the decorator {decorator!r} would not be used; "
+            "set it to 'exact'"
+        )
 
 
 def stitch_patches(base: Mapping[str, Tensor], patches: Sequence[Patch]) -> Patch:

@@ -16,22 +16,26 @@ from experiments.models.adapter import Sample
 class Calibration:
     """``samples``: training sequences that the Grams are taken over; ``held_out``: development ones for the report.
 
-    ``damping`` and ``compare_decorators`` are for the methods that use the Grams (`tailor.methods.tailor.Tailor`).
+    ``retain`` says whose samples stand for the old tasks (`experiments.stages.retain`), for methods that see such, and
+    ``retain_samples`` how many. ``damping`` and ``compare_decorators`` are for the methods that use the Grams
+    (`tailor.methods.tailor.Tailor`).
     """
 
     samples: int
     held_out: int
     batch_size: int
+    retain: str
+    retain_samples: int
     damping: float
     compare_decorators: bool
 
     def __post_init__(self) -> None:
-        checks.whole(self, "samples", "held_out", "batch_size")
+        checks.whole(self, "samples", "held_out", "batch_size", "retain_samples")
         checks.real(self, "damping")
         checks.boolean(self, "compare_decorators")
 
     def collection(self) -> dict[str, int]:
-        """The fields that decide the stored Grams; the others come in when these are used."""
+        """The fields that decide the stored Grams of the target; the others come in when these are used."""
         return {"samples": self.samples, "held_out": self.held_out, "batch_size": self.batch_size}
 
 

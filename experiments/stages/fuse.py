@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,19 +34,15 @@ def fuse_into(
     out: Path, pretrained: Path, finetuned: Path, method: Method, evidence: Evidence, seed: int, device: torch.device
 ) -> None:
     """Writes the fusion report and the patch. The two ends are whole checkpoints already and get no patch."""
-    with tqdm(desc="fuse", unit="tensor", leave=False, dynamic_ncols=True, disable=None) as progress:
-
-        def advance(name: str) -> None:
-            progress.update()
-
-        settings: dict[str, Any] = {"evidence": evidence, "seed": seed, "device": device, "progress": advance}
+    with advancing("fuse") as progress:
+        settings: dict[str, Any] = {"evidence": evidence, "seed": seed, "device": device, "progress": progress}
         if is_end(method):
             stream = fused_tensors(pretrained, finetuned, method, **settings)
             report = FusionReport.of(method, seed, [row for _, _, row in stream])
         else:
             patch, report = fuse_to_patch(pretrained, finetuned, method, **settings)
             patch.save(out / PATCH)
-    (out / REPORT).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    write_report(out, report)
 
 
 def fused_weights(method: Method, pretrained: Path, finetuned: Path, fusion: Path) -> Weights:
@@ -56,3 +54,18 @@ def fused_weights(method: Method, pretrained: Path, finetuned: Path, fusion: Pat
 
 def is_end(method: Method) -> bool:
     return isinstance(method, ZeroShot | FineTune)
+
+
+@contextmanager
+def advancing(what: str) -> Iterator[Callable[[str], None]]:
+    """To be called with each tensor that is done."""
+    with tqdm(desc=what, unit="tensor", leave=False, dynamic_ncols=True, disable=None) as progress:
+
+        def advance(name: str) -> None:
+            progress.update()
+
+        yield advance
+
+
+def write_report(out: Path, report: FusionReport) -> None:
+    (out / REPORT).write_text(json.dumps(report.to_json(), indent=1) + "\n")

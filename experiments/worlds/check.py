@@ -74,7 +74,8 @@ def _pretrained(place: str, run: Run) -> Iterator[Promise]:
 
 
 def _finetuned(place: str, zero_shot: Run, tuned: Run) -> Iterator[Promise]:
-    (old_before, before, _), (old_after, after, _) = zero_shot.scores(), tuned.scores()
+    """The first target is the one that the run was fine-tuned on."""
+    (old_before, (before, *_), _), (old_after, (after, *_), _) = zero_shot.scores(), tuned.scores()
     found = f"{before.value:.1f} → {after.value:.1f}"
     if after.metric == "CIDEr":
         bar, kept = f"≥ {CAPTION_FACTOR_BAR} ×", after.value >= CAPTION_FACTOR_BAR * max(before.value, 1.0)

@@ -29,6 +29,7 @@ SMALL = [
     "model.base.scenes=24",
     *(f"model.base.{phase}.steps=2" for phase in ("vision", "language")),
     *(f"suite.{name}.rows.count=5" for name in (*QUESTIONS, *CAPTIONS)),
+    *(f"suite.{name}.train.count=8" for name in (*QUESTIONS, *CAPTIONS)),
     "task.test.rows.count=5",
     "task.train.count=24",
     "task.dev.count=6",
@@ -36,7 +37,14 @@ SMALL = [
     "training.batch_size=8",
     "calibration.samples=12",
     "calibration.held_out=6",
+    "calibration.retain_samples=9",
 ]
+
+
+def also(task: str) -> list[str]:
+    """Overrides for a second target, at its smallest."""
+    counts = ("test.rows.count=5", "train.count=24", "dev.count=6")
+    return [f"+task@other_tasks.second={task}", *(f"other_tasks.second.{count}" for count in counts)]
 
 
 @pytest.fixture(autouse=True)

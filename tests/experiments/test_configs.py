@@ -30,7 +30,7 @@ def test_every_option_composes_and_instantiates(group: str, option: str) -> None
     parts = parts_of(f"{group}={option}")
     if group != "experiment":
         assert parts.choices[group] == option
-    check_suite(parts.suite, parts.task)
+    check_suite(parts.suite, *parts.tasks)
 
 
 @pytest.mark.parametrize("option", options("benchmark"))
@@ -54,6 +54,12 @@ def test_an_experiment_says_how_to_run_it(path: Path) -> None:
     package, command, *_ = path.read_text().splitlines()
     assert package == "# @package _global_"
     assert command.startswith("# python -m experiments.run -m experiment=" + path.stem)
+    for line in path.read_text().splitlines():
+        if line.startswith("# python -m experiments.run -m "):
+            swept = [override.partition("=") for override in line.split(" -m ")[2].split()]
+            for number in range(max(value.count(",") + 1 for _, _, value in swept)):
+                parts = parts_of(*(f"{name}={(value.split(',') * 8)[number]}" for name, _, value in swept))
+                check_suite(parts.suite, *parts.tasks)
 
 
 def test_overrides_reach_the_method() -> None:
@@ -82,6 +88,7 @@ def test_the_training_follows_the_model() -> None:
         ("training.warmup=2", "Training.warmup: 2 is not a number of at least 0 and at most 1"),
         ("training.schedule=foo", "Training.schedule: 'foo' is not one of linear, cosine"),
         ("calibration.batch_size=0", "Calibration.batch_size: 0 is not"),
+        ("calibration.retain_samples=0", "Calibration.retain_samples: 0 is not"),
         ("calibration.damping=-1", "Calibration.damping: -1 is not a number of at least 0"),
         ("calibration.compare_decorators=maybe", "Calibration.compare_decorators: 'maybe' is not true or false"),
         ("model.base.vision.steps=0", "Phase.steps: 0 is not"),
@@ -90,6 +97,8 @@ def test_the_training_follows_the_model() -> None:
         ("suite.colour.rows.domain=studoi", "QuestionRows.domain: 'studoi' is not one of studio, street"),
         ("task.test.rows.style=strete", "CaptionRows.style: 'strete' is not one of everyday, street"),
         ("+learning_rate=1", "learning_rate"),
+        ("other_tasks=3", "other_tasks"),
+        ("+other_tasks.second=3", "task=3: choose one of the options in conf/task"),
         ("+baseline.rank=3", "baseline.*unexpected keyword argument 'rank'"),
         ("+suite.colour.rows.colour=3", "suite.*unexpected keyword argument 'colour'"),
         ("suite.colour.rows.skill=juggling", "'juggling' is not one of colour, digit"),
@@ -106,6 +115,22 @@ def test_what_does_not_fit_is_named(override: str, message: str) -> None:
 def test_a_methods_own_range_is_named() -> None:
     with pytest.raises(InvalidSetting, match="alpha"):
         parts_of("baseline=wise_ft", "baseline.alpha=2")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("baseline.sparsity=1.5", r"Stitched.sparsity = 1.5 is outside \[0, 1\]"),
+        ("baseline.how=sum", "Stitched.how = 'sum' is none of paper, mean, joint"),
+        (
+            "baseline.how=joint",
+            "joint solves for the compensation itself, so the decorator 'sparsegpt' would not be used",
+        ),
+    ],
+)
+def test_a_stitching_that_cannot_be_is_named(override: str, message: str) -> None:
+    with pytest.raises(InvalidSetting, match=message):
+        parts_of("baseline=tailor_stitch_paper", override)
 
 
 def test_the_target_may_not_count_as_pretrained() -> None:

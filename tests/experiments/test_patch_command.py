@@ -123,6 +123,38 @@ def test_info(
     assert f"{changed + 1} changed entries in 2 tensors" in lines[-1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stitching(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: torch.dtype
+) -> None:
+    """Two patches meet at one entry, which becomes their mean; the others keep what their own patch made of them."""
+    base = {"w": torch.zeros(2, 3, dtype=dtype), "b": torch.ones(2, dtype=dtype)}
+    folder = write_folder(tmp_path / "base", base)
+    tasks = {
+        "one": {"w": torch.tensor([[2.0, 4.0, 0.0], [0.0, 0.0, 0.0]]), "b": torch.tensor([1.0, 1.0])},
+        "two": {"w": torch.tensor([[6.0, 0.0, 0.0], [0.0, 0.0, -3.0]]), "b": torch.tensor([1.0, 7.0])},
+    }
+    for name, weights in tasks.items():
+        fused = write_folder(tmp_path / name, {key: tensor.to(dtype) for key, tensor in weights.items()})
+        call(monkeypatch, "extract", folder, fused, tmp_path / f"{name}.patch")
+    patches = [tmp_path / "one.patch", tmp_path / "two.patch"]
+    call(monkeypatch, "stitch", folder, *patches, tmp_path / "stitched.patch")
+    assert capsys.readouterr().out.endswith("stitched.patch: stitched 2 patches to 4 changed entries in 2 tensors\n")
+    call(monkeypatch, "apply", folder, tmp_path / "stitched.patch", tmp_path / "out")
+    expected = {"w": torch.tensor([[4.0, 4.0, 0.0], [0.0, 0.0, -3.0]]), "b": torch.tensor([1.0, 7.0])}
+    found = read_folder(tmp_path / "out")
+    assert {key: tensor.float().tolist() for key, tensor in found.items()} == {
+        key: tensor.tolist() for key, tensor in expected.items()
+    }
+    call(monkeypatch, "stitch", folder, *reversed(patches), tmp_path / "reversed.patch")
+    assert (tmp_path / "reversed.patch").read_bytes() == (tmp_path / "stitched.patch").read_bytes()
+
+    with pytest.raises(SystemExit, match=r"error: .*stitched\.patch: already exists"):
+        call(monkeypatch, "stitch", folder, *patches, tmp_path / "stitched.patch")
+    with pytest.raises(SystemExit, match=r"error: w: the patch is applied here already"):
+        call(monkeypatch, "stitch", tmp_path / "one", *patches, tmp_path / "other.patch")
+
+
 def test_a_patch_of_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from evaluation.records import Score
 from experiments.artifacts import MANIFEST
 from experiments.errors import RunsError
 from experiments.figures import draw_trade_off
-from experiments.runs import read_run, read_runs, recorded
+from experiments.runs import OLD_TASK_NOTE, read_run, read_runs, recorded
 from experiments.stages.fuse import REPORT
 from experiments.tables import _cell, collect, lay_out, newest_sweep, show, summarise
 from tests.experiments.conftest import RunSmall
@@ -21,12 +22,15 @@ def score(benchmark: str, value: float) -> dict[str, object]:
     return Score(benchmark, "accuracy", "rule", value, 10, "{question}", {"num_beams": 1}, "data", {}).to_json()
 
 
-def fake_run(folder: Path, baseline: str, seed: int, old: float, new: float, *overrides: str) -> None:
+def fake_run(
+    folder: Path, baseline: str, seed: int, old: float, new: float, *overrides: str, sees_old_tasks: bool = False
+) -> None:
     folder.mkdir(parents=True)
     choices = {"model": "m", "task": "t", "baseline": baseline}
-    with recorded(folder, seed=seed, choices=choices, overrides=[*overrides, "batch_size=3"]):
+    told = {"targets": ["new"], "learnt_targets": ["new"], "sees_old_tasks": sees_old_tasks}
+    with recorded(folder, seed=seed, choices=choices, overrides=[*overrides, "batch_size=3"], **told):
         summary = {"average": (old + new) / 2, "h_score": 1.0}
-        stored = {"pretrained": [score("old", old)], "target": score("new", new), "summary": summary}
+        stored = {"pretrained": [score("old", old)], "targets": [score("new", new)], "summary": summary}
         (folder / "scores.json").write_text(json.dumps(stored))
         (folder / REPORT).write_text(json.dumps({"totals": {"changed_count": 36_900}}))
 
@@ -80,6 +84,41 @@ def test_two_runs_of_one_row_are_not_averaged(sweep: Path) -> None:
         collect(read_runs(sweep))
 
 
+def test_methods_that_saw_old_tasks_are_marked(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the run's files say, whatever the method is called."""
+    fake_run(sweep / "11", "anything", 1, 50, 50, sees_old_tasks=True)
+    numbers = collect(read_runs(sweep))
+    assert set(numbers.loc[numbers["old_task_data"], "method"]) == {"anything"}
+    layout = lay_out(numbers, "title")
+    assert [name for name, _ in layout.rows] == ["zero_shot", "tailor omega=0.5", "anything † (n=1)"]
+    assert layout.markdown().endswith("\n\n† also saw training samples of the pretrained benchmarks\n")
+    console = Console(width=120, record=True)
+    console.print(layout.terminal())
+    assert "† also saw training samples of the pretrained benchmarks" in console.export_text()
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr("experiments.figures.plt.close", drawn.append)
+    draw_trade_off(numbers, "title", sweep / "marked.png")
+    draw_trade_off(numbers[~numbers["old_task_data"]], "title", sweep / "plain.png")
+    labels = [[text.get_text() for text in figure.axes[0].get_legend().get_texts()] for figure in drawn]
+    assert labels == [["zero_shot", "tailor omega=0.5", "anything †"], ["zero_shot", "tailor omega=0.5"]]
+    assert [figure.get_supxlabel() for figure in drawn] == [OLD_TASK_NOTE, ""]
+
+
+def test_nothing_is_marked_where_no_method_saw_old_tasks(sweep: Path) -> None:
+    layout = lay_out(collect(read_runs(sweep)), "title")
+    assert layout.note == ""
+    assert "†" not in layout.markdown()
+
+
+def test_a_run_that_does_not_tell_what_it_saw_is_named(sweep: Path) -> None:
+    manifest = json.loads((sweep / "2" / MANIFEST).read_text())
+    del manifest["sees_old_tasks"]
+    (sweep / "2" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(RunsError, match=r"lacks sees_old_tasks.*run it again"):
+        collect(read_runs(sweep))
+
+
 def test_a_row_with_fewer_seeds_says_so(sweep: Path) -> None:
     fake_run(sweep / "11", "dare", 1, 50, 50)
     names = [name for name, _ in lay_out(collect(read_runs(sweep)), "title").rows]
@@ -102,7 +141,7 @@ def test_a_run_without_scores_is_named(sweep: Path) -> None:
 
 
 def test_scores_edited_by_hand_are_refused(sweep: Path) -> None:
-    (sweep / "2/scores.json").write_text('{"pretrained": [{"benchmark": "old"}], "target": {}, "summary": {}}')
+    (sweep / "2/scores.json").write_text('{"pretrained": [{"benchmark": "old"}], "targets": [], "summary": {}}')
     with pytest.raises(Exception, match="expected the fields"):
         collect(read_runs(sweep))
 
@@ -172,6 +211,6 @@ def test_a_real_run_is_shown_whole(run_small: RunSmall) -> None:
         "examples_digits_llava_digits_flickr.png",
     } <= names
     table = pd.read_csv(run.folder / "table.csv")
-    _, target, summary = run.scores()
+    _, (target,), summary = run.scores()
     assert table.set_index("column").loc["H-score", "value"] == pytest.approx(summary["h_score"])
     assert table.set_index("column").loc["flickr", "value"] == pytest.approx(target.value)

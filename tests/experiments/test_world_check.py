@@ -18,7 +18,7 @@ def run_with(folder: Path, old: list[float], target: float, metric: str) -> Run:
         return Score("name", metric, "rule", value, 10, "{question}", {"num_beams": 1}, "data", {}).to_json()
 
     with recorded(folder, seed=0, choices={"baseline": "finetune"}, overrides=[]):
-        stored = {"pretrained": [score(value) for value in old], "target": score(target), "summary": {}}
+        stored = {"pretrained": [score(value) for value in old], "targets": [score(target)], "summary": {}}
         (folder / "scores.json").write_text(json.dumps(stored))
     return read_run(folder)
 

@@ -15,6 +15,7 @@ from tailor.errors import CheckpointMismatch, InvalidSetting, NotFinite, PatchEr
 from tailor.fuse import fuse_to_patch
 from tailor.gram import GramAccumulator, Grams
 from tailor.method import GramEvidence
+from tailor.methods.stitched import Stitched
 from tailor.methods.tailor import Tailor
 from tailor.patch import Patch
 from tailor.stitch import STITCHINGS, stitch, stitch_patches
@@ -315,6 +316,19 @@ def test_what_cannot_be_stitched(make_tasks):
     tasks.tuned[1]["second.weight"][0, 0] = torch.nan
     with pytest.raises(NotFinite, match=r"second\.weight: fine-tuned model 2 holds 1 NaN"):
         tasks.stitch(Tailor(0.1), "mean")
+
+
+@pytest.mark.parametrize("how", STITCHINGS)
+def test_as_a_baseline_the_tasks_share_the_sparsity(make_tasks, how):
+    tasks = make_tasks(2)
+    patch, report = Stitched(how, 0.4, decorator="exact").stitch(
+        tasks.base, tasks.tuned, evidence=tasks.evidence, seed=3
+    )
+    _, same, expected = tasks.stitch(Tailor(0.2, decorator="exact"), how, seed=3)
+    assert report.to_json() == same.to_json() and not report.to_json()["sees_old_tasks"]
+    assert patch.header == expected.header and patch.header["settings"]["sparsity"] == 0.2
+    for name, tensor in patch.apply_to(tasks.base):
+        assert torch.equal(tensor, dict(expected.apply_to(tasks.base))[name])
 
 
 def test_inputs_are_not_modified(make_tasks):

@@ -175,6 +175,7 @@ def test_report_compares_with_one_sided_decorators(make_two_sided):
     )
     assert report.to_json()["decorator_order"]["calibration"]["exact<=none"] == 2
     assert report.to_json()["settings"]["mu"] == 0.1
+    assert report.sees_old_tasks and report.to_json()["sees_old_tasks"]
 
 
 def test_who_sees_old_tasks(make_two_sided):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # composing and checking a configuration must not wait for to
     from experiments.samples import SampleCalibration
     from tailor.align import Embeddings, OutDtype
     from tailor.method import Method
+    from tailor.methods.stitched import Stitched
 
 
 @dataclass
@@ -49,7 +50,7 @@ class FuseConfig:
 class Fusing:
     """A fusion's parts, ready to use. ``adapter`` is None where the checkpoint's own config is to tell."""
 
-    method: Method
+    method: Method | Stitched
     calibration: SampleCalibration
     adapter: Adapter | None
     pretrained: Path

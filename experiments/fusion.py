@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from experiments.artifacts import Store
 from experiments.checkpoints import fingerprint, is_lora, merge_lora
@@ -25,13 +22,14 @@ from experiments.models.families import adapter_of
 from experiments.runs import Builds, Record
 from experiments.samples import drawn
 from experiments.shares import Fused, Model, Shares, Source, TaskSources
-from experiments.stages.fuse import REPORT
+from experiments.stages.fuse import advancing, write_report
 from experiments.stages.target import TargetLoss
 from tailor.align import Aligned, Only, align, require_precision
 from tailor.checkpoint import Checkpoint, CheckpointWriter
 from tailor.errors import CheckpointError
 from tailor.fuse import fuse_to_patch, fused_tensors
-from tailor.method import Evidence, GramEvidence, is_separable, sees_old_tasks
+from tailor.method import Evidence, EvidenceKind, GramEvidence, is_separable, sees_old_tasks
+from tailor.methods.stitched import Stitched
 from tailor.patch import Patch
 from tailor.report import FusionReport, TensorReport
 from tailor.scope import changed_tensors, select
@@ -46,11 +44,24 @@ def run(parts: Fusing, folder: Path, record: Record) -> None:
     """Fuses, and leaves the fusion report in ``folder``."""
     if parts.threads is not None:
         torch.set_num_threads(parts.threads)
+    check(parts)
     require_room(parts)
     fusion = Fusion(parts, Builds(Store(parts.home, {"threads": torch.get_num_threads()}), record))
     report = fusion.write()
-    (folder / REPORT).write_text(json.dumps(report.to_json(), indent=1) + "\n")
-    tell(report, parts, folder / REPORT)
+    write_report(folder, report)
+    tell(report, parts)
+
+
+def check(parts: Fusing) -> None:
+    """Before any stage: raises ConfigError if the settings don't fit each other."""
+    is_stitched = isinstance(parts.method, Stitched)
+    if is_stitched != (len(parts.finetuned) > 1):
+        raise ConfigError(
+            f"finetuned: {len(parts.finetuned)} given, and this baseline "
+            + ("stitches several; name them as [A,B]" if is_stitched else "takes one; choose a baseline that stitches")
+        )
+    if parts.calibration.inputs == "sequential" and (is_stitched or not is_separable(parts.method)):
+        raise ConfigError("calibration.inputs=sequential: this baseline can't take layers one by one")
 
 
 def require_room(parts: Fusing) -> None:
@@ -80,8 +91,10 @@ class Fusion:
     def write(self) -> FusionReport:
         """Writes what was asked for, checkpoint and patch, and returns the report on every tensor."""
         parts = self.parts
-        if parts.method.needs == "grams" or parts.patch is not None:
-            fused = self._in_shares() if parts.method.needs == "grams" else self._as_patch()
+        if not self.names:
+            log.warning("fine-tuning changed nothing in scope: the result is the pretrained checkpoint")
+        if self.needs == "grams" or parts.patch is not None:
+            fused = self._in_shares() if self.needs == "grams" else self._as_patch()
             if parts.patch is not None:
                 fused.patch.save(parts.patch)
             stream = self._patched(fused)
@@ -97,6 +110,11 @@ class Fusion:
                     writer.write(name, tensor)
                     rows.append(row)
         return FusionReport.of(parts.method, parts.seed, rows)
+
+    @property
+    def needs(self) -> EvidenceKind:
+        method = self.parts.method
+        return "grams" if isinstance(method, Stitched) else method.needs
 
     @cached_property
     def folders(self) -> tuple[Path, ...]:
@@ -148,7 +166,7 @@ class Fusion:
 
     def _streamed(self) -> Stream:
         each, parts = self.aligned[0], self.parts
-        with progress_bar(len(self.names)) as advance:
+        with advancing("fuse") as advance:
             yield from fused_tensors(
                 each.pretrained,
                 each.finetuned,
@@ -162,7 +180,7 @@ class Fusion:
 
     def _as_patch(self) -> Fused:
         each, parts = self.aligned[0], self.parts
-        with progress_bar(len(self.names)) as advance:
+        with advancing("fuse") as advance:
             patch, report = fuse_to_patch(
                 each.pretrained,
                 each.finetuned,
@@ -176,7 +194,7 @@ class Fusion:
         return Fused(self._named(patch), [row for row in report.tensors if row.fate == "fused"])
 
     def _target(self) -> Evidence:
-        if self.parts.method.needs == "nothing":
+        if self.needs == "nothing":
             return None
         calibration = self.parts.calibration
         placement = Placement(self.devices[0])
@@ -184,17 +202,16 @@ class Fusion:
         return TargetLoss(self.adapter, loaded, *self._samples(0), calibration.batch_size)
 
     def _in_shares(self) -> Fused:
-        parts, calibration = self.parts, self.parts.calibration
-        method = parts.method
-        whole = [(each.pretrained, each.finetuned) for each in self.aligned]
+        parts, calibration, method = self.parts, self.parts.calibration, self.parts.method
+        base, tuned = self.aligned[0].pretrained, [each.finetuned for each in self.aligned]
 
         def fuse(
             names: Sequence[str], evidence: Sequence[GramEvidence], device: torch.device
         ) -> tuple[Patch, FusionReport]:
-            ((base, tuned),) = whole
-            return fuse_to_patch(
-                Only(base, names), Only(tuned, names), method, evidence=evidence[0], seed=parts.seed, device=device
-            )
+            some, finetuned = Only(base, names), [Only(weights, names) for weights in tuned]
+            if isinstance(method, Stitched):
+                return method.stitch(some, finetuned, evidence=evidence, seed=parts.seed, device=device)
+            return fuse_to_patch(some, finetuned[0], method, evidence=evidence[0], seed=parts.seed, device=device)
 
         shares = Shares(
             builds=self.builds,
@@ -203,7 +220,7 @@ class Fusion:
             retain=self._retain(),
             devices=self.devices,
             memory_bytes=int(calibration.memory_gb * 1e9),
-            is_separable=is_separable(method),
+            is_separable=isinstance(method, Stitched) or is_separable(method),
             fuse=fuse,
             inputs={
                 "method": identity(method),
@@ -267,7 +284,11 @@ class Fusion:
         )
 
     def _named(self, patch: Patch) -> Patch:
-        return Patch(patch.tensors, {**patch.header, "base": self.parts.pretrained.resolve().name})
+        """The patch with the names of the checkpoints, which the shares did not know."""
+        names = {"base": self.parts.pretrained.resolve().name}
+        if "tasks" in patch.header:
+            names["tasks"] = sorted(folder.resolve().name for folder in self.parts.finetuned)
+        return Patch(patch.tensors, {**patch.header, **names})
 
     def _patched(self, fused: Fused) -> Stream:
         """All tensors of the checkpoint, those of the patch with it, and their rows of the report."""
@@ -282,18 +303,7 @@ class Fusion:
             yield name, tensor, rows.get(name, TensorReport(name, tuple(tensor.shape), fate))
 
 
-@contextmanager
-def progress_bar(count: int) -> Iterator[Callable[[str], None]]:
-    """A bar of tensors that are fused; yields what to call with each one's name."""
-    with tqdm(total=count, desc="fuse", unit="tensor", leave=False, dynamic_ncols=True, disable=None) as bar:
-
-        def advance(name: str) -> None:
-            bar.update()
-
-        yield advance
-
-
-def tell(report: FusionReport, parts: Fusing, where: Path) -> None:
+def tell(report: FusionReport, parts: Fusing) -> None:
     """Says what was done, and warns of chosen entries that rounding took back."""
     totals = report.totals
     counts = ", ".join(f"{count} {fate}" for fate, count in totals["tensor_counts"].items() if count)
@@ -311,6 +321,6 @@ def tell(report: FusionReport, parts: Fusing, where: Path) -> None:
             f"{lost:,}",
             f"{totals['mask_count']:,}",
         )
-    for target in (parts.out, parts.patch, where):
+    for target in (parts.out, parts.patch):
         if target is not None:
             log.info("wrote %s", target)

@@ -21,9 +21,10 @@ from experiments.artifacts import Artifact, Store
 from experiments.context import CHECKPOINT, Context
 from experiments.data import BenchmarkData, check_suite, identity, module_of
 from experiments.errors import ConfigError
-from experiments.models.adapter import Loaded, device_of
+from experiments.models.adapter import Loaded, Sample, device_of
 from experiments.runs import SCORES, Builds, Record
 from experiments.schema import Experiment
+from experiments.sequential import fuse_sequentially
 from experiments.stages.evaluate import generate
 from experiments.stages.fuse import PATCH, REPORT, Weights, fuse_into, fused_weights
 from experiments.stages.grams import collect_grams
@@ -32,7 +33,7 @@ from experiments.stages.stitch import stitch_into
 from experiments.stages.target import TargetLoss
 from experiments.tasks import SAMPLES, TaskStages
 from tailor.gram import Grams
-from tailor.method import Evidence, sees_old_tasks
+from tailor.method import Evidence, Method, is_separable, sees_old_tasks
 from tailor.methods.stitched import Stitched
 from tailor.methods.zero_shot import ZeroShot
 from tailor.patch import Patch
@@ -82,6 +83,13 @@ def check(parts: Experiment) -> None:
         )
     if sees_old_tasks(parts.method):
         sources(parts.calibration, parts.suite)
+    if parts.calibration.inputs == "sequential" and (
+        isinstance(parts.method, Stitched) or (parts.method.needs == "grams" and not is_separable(parts.method))
+    ):
+        raise ConfigError(
+            f"calibration.inputs=sequential: baseline={parts.choices['baseline']} can't take layers one by one; "
+            "set it to finetuned"
+        )
 
 
 def _learnt(parts: Experiment) -> list[str]:
@@ -132,9 +140,8 @@ class Pipeline:
         }
 
         def make(out: Path) -> None:
-            samples = [sample for each in drawn for sample in each.samples(parts.seed, adapter.prompt_style)]
             loaded = self.context.load(Weights(self.context.base_folder, None), torch.float32)
-            grams = collect_grams(adapter, loaded, samples, layers, batch_size, "calibrate (retain)")
+            grams = collect_grams(adapter, loaded, self._retained(), layers, batch_size, "calibrate (retain)")
             grams.save(out / f"{SAMPLES}.safetensors")
 
         modules = [collect_grams.__module__, module_of(adapter), *(name for each in drawn for name in each.modules())]
@@ -144,6 +151,8 @@ class Pipeline:
         if isinstance(self.parts.method, Stitched):
             return self._stitched(self.parts.method)
         parts, method, base_folder = self.parts, self.parts.method, self.context.base_folder
+        if method.needs == "grams" and parts.calibration.inputs == "sequential":
+            return self._sequential(method)
         inputs = {**self._fusion, "finetuned": self.tuned.key}
         if method.needs == "grams":
             inputs["grams"] = self.task.grams.key
@@ -161,6 +170,27 @@ class Pipeline:
             modules += [TargetLoss.__module__, *self.task.modules]
         fusion = self.context.build("fused", inputs, modules, make)
         return fusion, fused_weights(method, base_folder, tuned_folder, fusion.folder)
+
+    def _sequential(self, method: Method) -> tuple[Artifact, Weights]:
+        parts, task = self.parts, self.task
+        retained = self._retained() if sees_old_tasks(method) else None
+
+        def make(out: Path) -> None:
+            fuse_sequentially(out, self.context, task, method, retained)
+
+        inputs = {**self._fusion, **task.data, "finetuned": task.finetuned.key, "inputs": "sequential"}
+        inputs |= {"calibration": parts.calibration.collection()}
+        if retained is not None:
+            inputs["retain"] = [source.identity() for source in sources(parts.calibration, parts.suite)]
+        modules = [module_of(method), fuse_sequentially.__module__, *task.modules]
+        fusion = self.context.build("fused", inputs, modules, make)
+        return fusion, Weights(self.context.base_folder, fusion.folder / PATCH)
+
+    def _retained(self) -> list[Sample]:
+        """Samples that stand for the old tasks."""
+        parts, style = self.parts, self.parts.model.adapter.prompt_style
+        drawn = sources(parts.calibration, parts.suite)
+        return [sample for source in drawn for sample in source.samples(parts.seed, style)]
 
     def _stitched(self, method: Stitched) -> tuple[Artifact, Weights]:
         learnt = [{"finetuned": task.finetuned.key, "grams": task.grams.key} for task in self.tasks]

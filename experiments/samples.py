@@ -18,10 +18,9 @@ from experiments.data import Rows
 from experiments.errors import ConfigError, SampleError
 from experiments.models.adapter import Adapter, Sample
 from experiments.schema import instantiate_group
-from experiments.stages.calibrate import draw
+from experiments.stages.calibrate import INPUTS, draw
 
 FIELDS = ("image", "prompt", "answer", "text")
-INPUTS = ("finetuned", "sequential")
 
 
 @dataclass(frozen=True)

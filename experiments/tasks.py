@@ -65,7 +65,7 @@ class TaskStages:
             layers = changed_tensors(Checkpoint(self.context.base_folder), Checkpoint(self.finetuned_folder))
             batch_size = parts.calibration.batch_size
             for name in (SAMPLES, HELD_OUT):
-                grams = collect_grams(adapter, loaded, self._samples(name), layers, batch_size, f"calibrate ({name})")
+                grams = collect_grams(adapter, loaded, self.samples(name), layers, batch_size, f"calibrate ({name})")
                 grams.save(out / f"{name}.safetensors")
 
         modules = [collect_grams.__module__, *self.modules]
@@ -82,8 +82,8 @@ class TaskStages:
         return TargetLoss(
             self.context.parts.model.adapter,
             self.context.load(Weights(self.context.base_folder, None), torch.float32),
-            self._samples(SAMPLES),
-            self._samples(HELD_OUT),
+            self.samples(SAMPLES),
+            self.samples(HELD_OUT),
             self.context.parts.calibration.batch_size,
         )
 
@@ -104,7 +104,7 @@ class TaskStages:
         task, adapter = self.task, self.context.parts.model.adapter
         return [module_of(part) for part in (task, task.test.benchmark, task.train, task.dev, adapter)]
 
-    def _samples(self, setting: str) -> list[Sample]:
+    def samples(self, setting: str) -> list[Sample]:
         """The calibration's ``samples`` from the target's training rows, or its ``held_out`` from development rows."""
         parts, task = self.context.parts, self.task
         rows = task.samples(task.dev if setting == HELD_OUT else task.train, parts.model.adapter.prompt_style)

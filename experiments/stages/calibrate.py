@@ -11,19 +11,23 @@ from experiments import checks
 from experiments.errors import ConfigError
 from experiments.models.adapter import Sample
 
+INPUTS = ("finetuned", "sequential")
+
 
 @dataclass(frozen=True)
 class Calibration:
     """``samples``: training sequences that the Grams are taken over; ``held_out``: development ones for the report.
 
-    ``retain`` says whose samples stand for the old tasks (`experiments.stages.retain`), for methods that see such, and
-    ``retain_samples`` how many. ``damping`` and ``compare_decorators`` are for the methods that use the Grams
-    (`tailor.methods.tailor.Tailor`).
+    ``inputs`` says what layers read while they are calibrated: what the `finetuned` model makes of the samples, or,
+    `sequential`, what the layers below them do that are fused already. ``retain`` says whose samples stand for the old
+    tasks (`experiments.stages.retain`), for methods that see such, and ``retain_samples`` how many. ``damping`` and
+    ``compare_decorators`` are for the methods that use the Grams (`tailor.methods.tailor.Tailor`).
     """
 
     samples: int
     held_out: int
     batch_size: int
+    inputs: str
     retain: str
     retain_samples: int
     damping: float
@@ -31,6 +35,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         checks.whole(self, "samples", "held_out", "batch_size", "retain_samples")
+        checks.one_of(self, "inputs", INPUTS)
         checks.real(self, "damping")
         checks.boolean(self, "compare_decorators")
 

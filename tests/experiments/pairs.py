@@ -68,13 +68,17 @@ class Pair:
         return [f"pretrained={self.pretrained}", f"finetuned={self.finetuned}"]
 
 
-def make_pair(folder: Path, family: str, dtype: torch.dtype = torch.float32, **saving: Any) -> Pair:
-    """A pair whose every parameter outside the vision tower differs, and ten samples for it."""
+def make_pair(folder: Path, family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, **saving: Any) -> Pair:
+    """A pair whose every parameter outside the vision tower differs, and ten samples for it.
+
+    ``seed`` decides what fine-tuning changes; the pretrained model is always the same.
+    """
     torch.manual_seed(0)
     model, processor = FAMILIES[family](vocabulary())
     model.to(dtype)
     for name in ("pretrained", "finetuned"):
         if name == "finetuned":
+            torch.manual_seed(seed)
             with torch.no_grad():
                 for path, parameter in model.named_parameters():
                     if not any(part in path for part in FROZEN):

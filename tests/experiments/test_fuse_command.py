@@ -21,6 +21,8 @@ from tailor.checkpoint import Checkpoint
 from tailor.decorate import decorate
 from tailor.errors import CheckpointMismatch
 from tailor.gram import Grams, damp
+from tailor.method import GramEvidence
+from tailor.methods.stitched import Stitched
 from tailor.patch import Patch
 from tests.experiments.conftest import ROOT
 from tests.experiments.pairs import FAMILIES, FROZEN, Fuse, Pair, make_pair, write_samples
@@ -209,3 +211,30 @@ def test_rows_that_fine_tuning_added_to_the_vocabulary(llama: Pair, fuse: Fuse, 
     row = next(row for row in report["tensors"] if row["name"] == name)
     assert row["added_row_count"] == 3
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == known + 3
+
+
+@pytest.mark.parametrize("how", ["paper", "mean", "joint"])
+def test_several_fine_tuned_models_are_stitched(how: str, llama: Pair, fuse: Fuse, tmp_path: Path) -> None:
+    other = make_pair(tmp_path / "other", "llama", seed=1)
+    folders = (f"pretrained={llama.pretrained}", f"finetuned=[{llama.finetuned},{other.finetuned}]")
+    data = f"calibration.data=[{llama.samples},{other.samples}]"
+    patch = tmp_path / "patch.safetensors"
+    settings = (*folders, data, f"baseline=tailor_stitch_{how}", f"out={tmp_path / 'out'}", f"patch={patch}")
+    report = fuse(*settings, "calibration.memory_gb=1e-5").report
+    assert report["totals"]["tensor_counts"] == {"fused": 30, "kept": 0, "copied": 0, "tied": 0}
+    assert 0.05 < report["totals"]["changed_fraction"] <= 0.1
+    folders = [Checkpoint(folder) for folder in (llama.finetuned, other.finetuned)]
+    evidence = []
+    for pair in (llama, other):
+        adapter = CausalLM("text")
+        loaded = adapter.load(pair.finetuned, torch.float32, Placement(torch.device("cpu")))
+        samples, _ = draw_lines(pair.samples, 128, 0, seed=0)
+        evidence.append(GramEvidence(collect_grams(adapter, loaded, samples, list(folders[0]), 8, "test")))
+    decorator = "exact" if how == "joint" else "sparsegpt"
+    method = Stitched(how, 0.1, 0.5, decorator, 0.01)
+    expected, _ = method.stitch(Checkpoint(llama.pretrained), folders, evidence=evidence, seed=0)
+    found = Patch.load(patch)
+    assert found.header["tasks"] == ["finetuned", "finetuned"]
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(found.tensors[name].xors, tensor.xors), name

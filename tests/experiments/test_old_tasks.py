@@ -21,6 +21,7 @@ from experiments.stages.retain import sources
 from experiments.tables import show
 from tailor.gram import Grams
 from tests.experiments.conftest import CAPTIONS, QUESTIONS, SMALL, RunSmall, parts_of
+from tests.experiments.pairs import write_samples
 
 
 def stages(run: Run) -> dict[str, dict]:
@@ -98,7 +99,7 @@ def test_other_methods_neither_see_nor_key_them(run_small: RunSmall) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["calibration.retain=coco.jsonl"], "calibration.retain='coco.jsonl': unknown; choose suite"),
+        (["calibration.retain=coco.jsonl"], "calibration.retain='coco.jsonl': is neither a JSON Lines file nor suite"),
         (["calibration.retain_samples=7"], "calibration.retain_samples=7: less than one for each of the 8"),
         (["suite.colour.train=null"], "colour has no training rows; state them as `train`"),
         (["suite.digit.train.split=test", "suite.digit.train.count=5"], "the training rows of digit are scored"),
@@ -132,3 +133,14 @@ def test_a_run_that_saw_old_tasks_is_marked_everywhere(run_small: RunSmall, tmp_
         assert "tailor_exact baseline=tailor_exact †" not in shown
     table = pd.read_csv(tmp_path / "table.csv")
     assert set(table.loc[table["old_task_data"], "method"]) == {"tailor_two_sided baseline=tailor_two_sided"}
+
+
+def test_samples_of_a_file_stand_for_the_old_tasks(run_small: RunSmall, tmp_path: Path) -> None:
+    samples = write_samples(tmp_path / "samples", 6, with_image=True)
+    settings = ("baseline=tailor_two_sided", "calibration.retain_samples=4")
+    own, suite = (
+        run_small("digits_llava", "digits_okvqa", *settings, f"calibration.retain={source}")
+        for source in (samples, "suite")
+    )
+    assert own.manifest["stages"]["retain"]["key"] != suite.manifest["stages"]["retain"]["key"]
+    assert own.sees_old_tasks

@@ -227,3 +227,22 @@ def test_answers_that_were_tampered_with_are_not_scored(run_small: RunSmall, tmp
     assert text != answers.read_text()
     with pytest.raises(ArtifactError, match=r"predictions\.jsonl changed since it was written; delete"):
         run_small("digits_llava", "digits_flickr", "baseline=zero_shot", own_home)
+
+
+def test_layers_may_read_what_the_fused_layers_below_give(run_small: RunSmall) -> None:
+    runs = {
+        inputs: run_small("digits_llava", "digits_okvqa", "baseline=tailor_exact", f"calibration.inputs={inputs}")
+        for inputs in ("finetuned", "sequential")
+    }
+    reports = {inputs: json.loads((run.folder / REPORT).read_text()) for inputs, run in runs.items()}
+    rows = {
+        inputs: {row["name"]: row for row in report["tensors"] if row["fate"] == "fused"}
+        for inputs, report in reports.items()
+    }
+    assert rows["finetuned"].keys() == rows["sequential"].keys()
+    assert reports["finetuned"]["totals"]["mask_count"] == reports["sequential"]["totals"]["mask_count"]
+    first, last = "multi_modal_projector.linear_1.weight", "language_model.lm_head.weight"
+    # Nothing is fused below the first layer, so it reads the same; the last reads what all others give.
+    assert rows["sequential"][first]["errors"] == pytest.approx(rows["finetuned"][first]["errors"])
+    assert rows["sequential"][last]["errors"] != pytest.approx(rows["finetuned"][last]["errors"])
+    assert {"calibration", "held_out"} <= rows["sequential"][last]["errors"].keys()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tailor.errors import InvalidSetting, SingularGram
 from tailor.linalg import MORE_EVIDENCE, checked_cholesky, rounding_noise
-from tailor.systems import Systems, solve_systems
+from tailor.systems import Systems, relative_residual, solve_systems
 
 Precision = Literal["float32", "float64"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -76,24 +76,21 @@ def solve(
     noise = rounding_noise(gram.diagonal())
     dtype = torch.float64 if precision == "float64" else gram.dtype
     first = _Equations(gram.to(dtype).contiguous(), rhs.to(dtype), mask, noise)
-    values, is_sound = first.solve(workspace_bytes)
-    residuals = first.residuals(values)
-    bad = (~(is_sound & (residuals <= RESIDUAL_LIMIT))).nonzero()[:, 0]
+    values, residuals = first.solve(workspace_bytes)
+    bad = (~(residuals <= RESIDUAL_LIMIT)).nonzero()[:, 0]
     if len(bad) and dtype == torch.float32:
         again = _Equations(first.gram.double(), first.rhs[bad].double(), mask[bad], noise)
-        anew, is_sound[bad] = again.solve(workspace_bytes)
-        residuals[bad] = again.residuals(anew).float()
-        values[bad] = anew.float()
-        bad = bad[~(is_sound & (residuals <= RESIDUAL_LIMIT))[bad]]
+        anew, better = again.solve(workspace_bytes)
+        values[bad], residuals[bad] = anew.float(), better.float()
+        bad = bad[~(better <= RESIDUAL_LIMIT)]
     if len(bad):
-        unsound = bad[~is_sound[bad]]
-        size = int(mask[unsound if len(unsound) else bad].sum(1).max())
-        where = f"{place} on a support of {size} of {len(gram)} inputs"
-        if len(unsound):
+        worst = bad[residuals[bad].argmax()]
+        where = f"{place} on a support of {int(mask[worst].sum())} of {len(gram)} inputs"
+        if not residuals[worst].isfinite():
             raise SingularGram(
                 f"{where} is not positive definite, so some inputs cannot be told apart; {MORE_EVIDENCE}"
             )
-        found = f"a residual of {float(residuals[bad].max()):.1e}, above {RESIDUAL_LIMIT:g}, even in float64"
+        found = f"a residual of {float(residuals[worst]):.1e}, above {RESIDUAL_LIMIT:g}, even in float64"
         raise SingularGram(f"{where} leaves {found}; {MORE_EVIDENCE}")
     return Solution(values.to(gram.dtype), float(residuals.max()) if len(residuals) else 0.0)
 
@@ -107,53 +104,48 @@ class _Equations(NamedTuple):
     noise: Tensor
 
     def solve(self, workspace_bytes: int) -> tuple[Tensor, Tensor]:
-        """Values, (out, in), zero off the mask, and whether each row's are sound, (out,)."""
+        """Values, (out, in), zero off the mask, and each row's residual, (out,), infinite where a pivot is noise."""
         width = self.gram.shape[0]
         values = torch.zeros_like(self.rhs)
         sizes = self.mask.sum(1)
-        is_sound = torch.ones_like(sizes, dtype=torch.bool)
-        full = (sizes == width).nonzero()[:, 0]
-        if len(full):
-            factor, is_sound[full] = checked_cholesky(self.gram, self.noise)
-            values[full] = torch.cholesky_solve(self.rhs[full].T, factor).T
-
+        residuals = self.rhs.new_zeros(len(sizes))
         by_size = sizes.argsort(descending=True, stable=True)
         by_size = by_size[(sizes[by_size] > 0) & (sizes[by_size] < width)]
         counts = sizes[by_size]
         numbers = counts.tolist()
 
-        def run(cut: tuple[int, int]) -> tuple[Systems, Tensor, Tensor]:
+        def run(cut: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             first, end = cut
             systems = Systems.of(self.mask, by_size[first:end], counts[first:end], numbers[first], numbers[end - 1])
-            return systems, *solve_systems(self.gram, systems, self.rhs, self.noise)
+            solution, residual = solve_systems(self.gram, systems, self.rhs, self.noise)
+            is_real = ~systems.is_padding()
+            places = systems.columns + systems.rows[:, None] * width
+            return places[is_real], solution[is_real], systems.rows, residual
 
         cuts = list(_cuts(numbers, workspace_bytes // self.gram.element_size()))
-        for systems, solution, sound in _in_parallel(run, cuts, self.gram.device):
-            is_sound[systems.rows] = sound
-            if systems.least_count == systems.columns.shape[1]:
-                values[systems.rows[:, None], systems.columns] = solution
-            else:
-                row, place = (~systems.is_padding()).nonzero(as_tuple=True)
-                values[systems.rows[row], systems.columns[row, place]] = solution[row, place]
-        return values, is_sound
+        for places, solution, rows, residual in _in_parallel(run, cuts, self.gram.device):
+            values.view(-1)[places] = solution
+            residuals[rows] = residual
 
-    def residuals(self, values: Tensor) -> Tensor:
-        """|(gram·x - rhs)_S| / |rhs_S| of each row, (out,): 0 where both are 0."""
-        is_off = ~self.mask
-        norms = self.rhs.masked_fill(is_off, 0).norm(dim=1)
-        lost = torch.addmm(self.rhs, values, self.gram, alpha=-1).masked_fill_(is_off, 0).norm(dim=1)
-        return torch.where((lost == 0) & (norms == 0), 0, lost / norms)
+        full = (sizes == width).nonzero()[:, 0]
+        if len(full):
+            factor, is_sound = checked_cholesky(self.gram, self.noise)
+            target = self.rhs[full]
+            values[full] = torch.cholesky_solve(target.T, factor).T
+            residual = relative_residual(values[full] @ self.gram - target, target)
+            residuals[full] = residual.masked_fill_(~is_sound, torch.inf)
+        return values, residuals
 
 
 def _cuts(sizes: list[int], workspace: int) -> Iterator[tuple[int, int]]:
     """Cut descending sizes into (first, end); padding stays within a sixteenth (or 4 places) a row.
 
-    `workspace` is in entries, of which the factor of a system takes the square of its size.
+    `workspace` is in entries; a system takes the square of its size for the factor, and half as much as gathered.
     """
     first = 0
     while first < len(sizes):
         size = sizes[first]
-        limit = first + max(1, workspace // (size * size))
+        limit = first + max(1, 2 * workspace // (3 * size * size))
         least = size - max(4, size // 16)
         end = first + 1
         while end < min(limit, len(sizes)) and sizes[end] >= least:

@@ -43,29 +43,31 @@ class Systems(NamedTuple):
 
 
 def solve_systems(gram: Tensor, systems: Systems, rhs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The solutions, (rows, size), arbitrary at padding, and whether each is sound, (rows,) bool.
+    """The solutions, (rows, size), 0 at padding, and the `relative_residual` of each, (rows,).
 
-    `gram` is (in, in), contiguous, symmetric; `rhs`, (out, in), holds the right-hand sides of all rows of the mask. A
-    solution is not sound if a squared pivot is not above the `noise`, (in,), of its column: then it means nothing.
+    `gram` is (in, in), contiguous, symmetric; `rhs`, (out, in), holds the right-hand sides of all rows of the mask. If
+    a squared pivot is not above the `noise`, (in,), of its column, it means nothing and its residual is infinite.
     """
     width, (count, size), low = gram.shape[0], systems.columns.shape, systems.least_count
     # Half the traffic of 64 bits, where the places of the Gram can be counted in 32.
     columns = systems.columns.to(torch.int32 if gram.numel() < 2**31 else torch.int64)
     row_starts = columns * width
-    target = rhs[systems.rows].gather(1, systems.columns)
     is_padding = systems.is_padding(low)
+    target = rhs[systems.rows].gather(1, systems.columns)
+    target[:, low:].masked_fill_(is_padding, 0)
 
     step = _block_size(size)
     identity = torch.eye(step, dtype=gram.dtype, device=gram.device)
     # U with UᵀU = the system; the last column holds U⁻ᵀ·rhs, which comes out as the columns of U do.
     upper = gram.new_empty(count, size, size + 1)
-    inverses, pivots, failures = [], [], []
+    blocks, inverses, pivots, failures = [], [], [], []
     for first in range(0, size, step):
         end = min(first + step, size)
         block = _gather(gram, row_starts[:, first:end], columns[:, first:], target[:, first:end])
         _neutralise(block, is_padding, first, end, low)
+        blocks.append(block)
         if first:
-            block.baddbmm_(upper[:, :first, first:end].mT, upper[:, :first, first:], alpha=-1)
+            block = block.baddbmm(upper[:, :first, first:end].mT, upper[:, :first, first:], alpha=-1)
         corner, failure = torch.linalg.cholesky_ex(block[:, :, : end - first])
         eye = identity[: end - first, : end - first].expand_as(corner)
         inverse = torch.linalg.solve_triangular(corner, eye, upper=False)
@@ -85,7 +87,28 @@ def solve_systems(gram: Tensor, systems: Systems, rhs: Tensor, noise: Tensor) ->
         if end < size:
             rest.baddbmm_(upper[:, first:end, end:size], solution[:, end:], alpha=-1)
         solution[:, first:end] = inverse.mT.bmm(rest)
-    return solution[:, :, 0], is_sound
+    lost = _product(blocks, solution).sub_(target)
+    return solution[:, :, 0], relative_residual(lost, target).masked_fill_(~is_sound, torch.inf)
+
+
+def relative_residual(lost: Tensor, target: Tensor) -> Tensor:
+    """|lost| / |target| of each row, 0 where both are 0."""
+    norm = target.norm(dim=1)
+    lost_norm = lost.norm(dim=1)
+    return torch.where((lost_norm == 0) & (norm == 0), 0, lost_norm / norm)
+
+
+def _product(blocks: list[Tensor], solution: Tensor) -> Tensor:
+    """The systems, as gathered, times the solutions, (rows, size)."""
+    product = torch.zeros_like(solution)
+    first = 0
+    for block in blocks:
+        end = first + block.shape[1]
+        product[:, first:end] += block[:, :, :-1].bmm(solution[:, first:])
+        if end < solution.shape[1]:
+            product[:, end:] += block[:, :, end - first : -1].mT.bmm(solution[:, first:end])
+        first = end
+    return product[:, :, 0]
 
 
 def _gather(gram: Tensor, row_starts: Tensor, columns: Tensor, rhs: Tensor) -> Tensor:

@@ -42,16 +42,18 @@ def solve_terms(
     `precision` is that of all the rest. Raises SingularGram naming the layer, see `tailor.support.solve`.
     """
     terms = [term for term in terms if term.weight > 0]
-    compensation = torch.zeros_like(start)
     wanting = torch.zeros(start.shape[0], dtype=torch.bool, device=start.device)
     for term in terms:
         wanting |= (term.delta != start).any(1)
     rows = (wanting & mask.any(1)).nonzero()[:, 0]
     if not len(rows):
-        return Solution(compensation, 0.0)
+        return Solution(torch.zeros_like(start), 0.0)
     dtype = torch.float64 if precision == "float64" else start.dtype
-    gram, rhs = _normal_equations(terms, start, None if len(rows) == len(start) else rows, dtype)
-    values, residual = solve(gram, rhs, mask[rows], name=name, precision=precision)
+    if len(rows) == len(start):  # as in most layers, whose copies are spared
+        values, residual = solve(*_normal_equations(terms, start, None, dtype), mask, name=name, precision=precision)
+        return Solution(values.to(start.dtype), residual)
+    values, residual = solve(*_normal_equations(terms, start, rows, dtype), mask[rows], name=name, precision=precision)
+    compensation = torch.zeros_like(start)
     compensation[rows] = values.to(start.dtype)
     return Solution(compensation, residual)
 

@@ -138,7 +138,7 @@ class _Equations(NamedTuple):
 
 
 def _cuts(sizes: list[int], workspace: int) -> Iterator[tuple[int, int]]:
-    """Cut descending sizes into (first, end); padding stays within a sixteenth (or 4 places) a row.
+    """Cut descending sizes into (first, end); padding stays within a sixteenth (or 8 places) a row.
 
     `workspace` is in entries; a system takes the square of its size for the factor, and half as much as gathered.
     """
@@ -146,7 +146,7 @@ def _cuts(sizes: list[int], workspace: int) -> Iterator[tuple[int, int]]:
     while first < len(sizes):
         size = sizes[first]
         limit = first + max(1, 2 * workspace // (3 * size * size))
-        least = size - max(4, size // 16)
+        least = size - max(8, size // 16)
         end = first + 1
         while end < min(limit, len(sizes)) and sizes[end] >= least:
             end += 1

@@ -80,15 +80,13 @@ def solve_systems(gram: Tensor, systems: Systems, rhs: Tensor, noise: Tensor) ->
     is_clear[:, low:] |= is_padding
     is_sound = is_clear.all(1) & (torch.stack(failures) == 0).all(0)
 
-    solution = gram.new_empty(count, size, 1)
+    solution = gram.new_empty(count, size)
     for first, inverse in zip(reversed(range(0, size, step)), reversed(inverses), strict=True):
         end = first + inverse.shape[1]
-        rest = upper[:, first:end, size:].contiguous()
-        if end < size:
-            rest.baddbmm_(upper[:, first:end, end:size], solution[:, end:], alpha=-1)
-        solution[:, first:end] = inverse.mT.bmm(rest)
+        rest = upper[:, first:end, size] - _times(upper[:, first:end, end:size], solution[:, end:])
+        solution[:, first:end] = _times_transposed(inverse, rest)
     lost = _product(blocks, solution).sub_(target)
-    return solution[:, :, 0], relative_residual(lost, target).masked_fill_(~is_sound, torch.inf)
+    return solution, relative_residual(lost, target).masked_fill_(~is_sound, torch.inf)
 
 
 def relative_residual(lost: Tensor, target: Tensor) -> Tensor:
@@ -104,11 +102,18 @@ def _product(blocks: list[Tensor], solution: Tensor) -> Tensor:
     first = 0
     for block in blocks:
         end = first + block.shape[1]
-        product[:, first:end] += block[:, :, :-1].bmm(solution[:, first:])
-        if end < solution.shape[1]:
-            product[:, end:] += block[:, :, end - first : -1].mT.bmm(solution[:, first:end])
+        product[:, first:end] += _times(block[:, :, :-1], solution[:, first:])
+        product[:, end:] += _times_transposed(block[:, :, end - first : -1], solution[:, first:end])
         first = end
-    return product[:, :, 0]
+    return product
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    return torch.linalg.vecdot(matrices, vectors[:, None, :])  # several times as fast as products with one column
+
+
+def _times_transposed(matrices: Tensor, vectors: Tensor) -> Tensor:
+    return vectors[:, None, :].bmm(matrices)[:, 0]
 
 
 def _gather(gram: Tensor, row_starts: Tensor, columns: Tensor, rhs: Tensor) -> Tensor:

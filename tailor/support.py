@@ -106,7 +106,7 @@ class _Equations(NamedTuple):
     def solve(self, workspace_bytes: int) -> tuple[Tensor, Tensor]:
         """Values, (out, in), zero off the mask, and each row's residual, (out,), infinite where a pivot is noise."""
         width = self.gram.shape[0]
-        values = torch.zeros_like(self.rhs)
+        values = self.rhs.new_zeros(self.rhs.shape)  # contiguous, whatever the right-hand side is
         sizes = self.mask.sum(1)
         residuals = self.rhs.new_zeros(len(sizes))
         by_size = sizes.argsort(descending=True, stable=True)

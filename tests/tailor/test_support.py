@@ -148,6 +148,16 @@ def test_equations_that_stay_unsolved_are_refused(dtype):
         solve_on_support(torch.full_like(gram, torch.nan), torch.ones(1, 3, dtype=dtype), mask)
 
 
+def test_any_layout_will_do(make_layer):
+    layer = make_layer(9)
+    mask = random_mask(9, layer.delta.shape, 0.4)
+    rhs = layer.delta @ layer.gram
+    expected = solve_on_support(layer.gram, rhs, mask)
+    wide = torch.cat([layer.gram, layer.gram], 1)[:, : len(layer.gram)]
+    turned = (each.T.contiguous().T for each in (rhs, mask))
+    torch.testing.assert_close(solve_on_support(wide, *turned), expected)
+
+
 def test_an_unknown_precision_is_refused():
     with pytest.raises(InvalidSetting, match="'float16' is none of float32, float64"):
         solve_on_support(torch.eye(2), torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool), precision="float16")

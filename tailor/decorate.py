@@ -7,37 +7,70 @@ All three answer one question, how to choose the fused delta F on the mask so th
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from tailor.errors import InvalidSetting
-from tailor.linalg import inverse_factor
-from tailor.support import solve_on_support
+from tailor.linalg import inverse_factor, output_energy
+from tailor.support import Precision
+from tailor.terms import Term, solve_terms
 
 Decorator = Literal["none", "sparsegpt", "exact"]
 DECORATORS: tuple[Decorator, ...] = get_args(Decorator)
 _BLOCK = 128
 
 
+class Decorated(NamedTuple):
+    """A fused `delta`, (out, in), and how well `exact` solved for it: the residual of `tailor.support.Solution`."""
+
+    delta: Tensor
+    residual: float | None = None
+
+
 def decorate(
-    delta: Tensor, mask: Tensor, gram: Tensor, how: Decorator, *, name: str = "", factor: Tensor | None = None
+    delta: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    how: Decorator,
+    *,
+    name: str = "",
+    factor: Tensor | None = None,
+    precision: Precision = "float32",
 ) -> Tensor:
     """The masked, compensated delta, (out, in), zero off the mask and equal to `delta` wherever nothing is compensated.
 
     `delta` and `mask` are (out, in), `gram` (in, in) is damped already. `factor` spares `sparsegpt` the work of
-    `inverse_factor(gram)`. Raises SingularGram naming the layer, and InvalidSetting for an unknown decorator.
+    `inverse_factor(gram)`; `precision` is that in which `exact` solves. Raises SingularGram naming the layer, and
+    InvalidSetting for an unknown decorator.
     """
+    return decorate_and_check(delta, mask, gram, how, name=name, factor=factor, precision=precision).delta
+
+
+def decorate_and_check(
+    delta: Tensor,
+    mask: Tensor,
+    gram: Tensor,
+    how: Decorator,
+    *,
+    name: str = "",
+    factor: Tensor | None = None,
+    precision: Precision = "float32",
+) -> Decorated:
+    """As `decorate`, with the residual that `exact` left; None for the others, which solve nothing."""
+    residual = None
     if how == "none":
         fused = delta
     elif how == "sparsegpt":
         fused = push_errors(delta, mask, inverse_factor(gram, name) if factor is None else factor)
     elif how == "exact":
-        fused = delta + _optimal_compensation(delta, mask, gram, name)
+        kept = torch.where(mask, delta, 0)
+        compensation, residual = solve_terms([Term(delta, gram)], kept, mask, name, precision)
+        fused = delta + compensation
     else:
         raise InvalidSetting(f"decorator: {how!r} is unknown; choose one of {', '.join(DECORATORS)}")
-    return torch.where(mask, fused, 0)
+    return Decorated(torch.where(mask, fused, 0), residual)
 
 
 def push_errors(delta: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
@@ -63,16 +96,6 @@ def push_errors(delta: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
     return columns.T
 
 
-def _optimal_compensation(delta: Tensor, mask: Tensor, gram: Tensor, name: str) -> Tensor:
-    """C_S = (H_SS)⁻¹ ((delta off the mask) · H)_S: exactly 0 for rows that lose nothing, and at a full mask."""
-    reverted = delta.masked_fill(mask, 0)
-    compensation = torch.zeros_like(delta)
-    rows = ((reverted != 0).any(1) & mask.any(1)).nonzero()[:, 0]
-    if len(rows):
-        compensation[rows] = solve_on_support(gram, reverted[rows] @ gram, mask[rows], name=name)
-    return compensation
-
-
 def layer_error(delta: Tensor, fused_delta: Tensor, gram: Tensor) -> float:
     """Share of the delta's effect on the layer's outputs that is lost: tr(R·H·Rᵀ) / tr(D·H·Dᵀ) with R = D - F.
 
@@ -83,8 +106,3 @@ def layer_error(delta: Tensor, fused_delta: Tensor, gram: Tensor) -> float:
     if whole == 0:
         return 0.0 if lost == 0 else math.inf
     return lost / whole
-
-
-def output_energy(delta: Tensor, gram: Tensor) -> float:
-    """tr(delta · gram · deltaᵀ): twice the mean squared change of the layer's outputs, summed over outputs."""
-    return max(0.0, float(((delta @ gram) * delta).sum(dtype=torch.float64)))

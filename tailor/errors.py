@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class TailorError(Exception):
     """Base of every error that this package foresees."""
@@ -34,7 +37,11 @@ class EmptyCalibration(TailorError):
 
 
 class SingularGram(TailorError):
-    """A Gram, or the part of it on a support, is not positive definite."""
+    """A Gram, or the part of it on a support, is not positive definite. `token_count` is None where not known."""
+
+    def __init__(self, message: str, token_count: int | None = None) -> None:
+        super().__init__(message)
+        self.token_count = token_count
 
 
 class PatchError(TailorError):
@@ -43,3 +50,14 @@ class PatchError(TailorError):
 
 class PrecisionLoss(TailorError):
     """A dtype too coarse to hold what fine-tuning changed."""
+
+
+@contextmanager
+def telling_tokens(token_count: int) -> Iterator[None]:
+    """Have every SingularGram raised inside say over how many tokens the layer's Gram was taken."""
+    try:
+        yield
+    except SingularGram as error:
+        if error.token_count is not None:
+            raise
+        raise SingularGram(f"{error} (this Gram is of {token_count} tokens)", token_count) from error

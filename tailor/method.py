@@ -52,7 +52,7 @@ class Fused(NamedTuple):
     """One fused tensor.
 
     `tensor` may be float32; the engine rounds it to the base's dtype and keeps the base's bits off `mask` (None: all
-    True). `facts` go into the report as they are (JSON-ready): `token_count`, `errors`, `flipped_count`.
+    True). `facts` go into the report as they are (JSON-ready): `token_count`, `errors`, `residual`, `flipped_count`.
     """
 
     name: str

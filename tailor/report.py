@@ -19,7 +19,7 @@ class TensorReport:
     `fate`: `fused` by the method, `kept` (in scope, but fine-tuning left it as it was), `copied` from the pretrained
     checkpoint, or `tied` to another tensor of which one checkpoint saved a duplicate, and counted there. `mask_count`
     entries were chosen, of which `changed_count` differ from the base in their bits. `facts` are the method's:
-    `token_count`, `errors`, `flipped_count`.
+    `token_count`, `errors`, `residual`, `flipped_count`.
     """
 
     name: str
@@ -35,7 +35,7 @@ class TensorReport:
         return math.prod(self.shape)
 
     def to_json(self) -> dict[str, Any]:
-        """A flat row; `token_count` and `errors` are always there, None where they do not apply."""
+        """A flat row; `token_count`, `errors` and `residual` are always there, None where they do not apply."""
         return {
             "name": self.name,
             "shape": list(self.shape),
@@ -45,6 +45,7 @@ class TensorReport:
             "changed_count": self.changed_count,
             "token_count": None,
             "errors": None,
+            "residual": None,
             **self.facts,
         }
 
@@ -70,11 +71,12 @@ class FusionReport:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Counts over all tensors, and their shares of the parameters in scope."""
+        """Counts over all tensors, their shares of the parameters in scope, and the largest residual of any layer."""
         in_scope = [row for row in self.tensors if row.fate in ("fused", "kept")]
         scope_count = sum(row.numel for row in in_scope)
         mask_count = sum(row.mask_count for row in in_scope)
         changed_count = sum(row.changed_count for row in in_scope)
+        residuals = [residual for row in in_scope if (residual := row.facts.get("residual")) is not None]
         return {
             "parameter_count": sum(row.numel for row in self.tensors if row.fate != "tied"),
             "scope_count": scope_count,
@@ -85,6 +87,7 @@ class FusionReport:
             "changed_fraction": changed_count / scope_count if scope_count else 0.0,
             "tensor_counts": {fate: sum(row.fate == fate for row in self.tensors) for fate in get_args(Fate)},
             "gram_tensor_count": sum("token_count" in row.facts for row in in_scope),
+            "largest_residual": max(residuals, default=None),
         }
 
     def decorator_order(self, tokens: str = "calibration") -> dict[str, int] | None:

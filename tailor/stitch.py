@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 
 from tailor.checkpoint import Checkpoint
-from tailor.decorate import Decorator, decorate, layer_error
-from tailor.errors import InvalidSetting, NotFinite, PatchError, TailorError
+from tailor.decorate import Decorator, decorate_and_check, layer_error
+from tailor.errors import InvalidSetting, NotFinite, PatchError, TailorError, telling_tokens
 from tailor.fuse import Weights, fused_tensors
 from tailor.method import Evidence, EvidenceKind, Fused, GramEvidence, Rng, difference, grams_of, sees_old_tasks
 from tailor.methods.tailor import Tailor, require_a_gram
 from tailor.patch import Patch
 from tailor.report import FusionReport, TensorReport, settings_of
 from tailor.scope import FUSIBLE_DTYPES, changed_tensors, require_same_tensors, select
-from tailor.terms import Term, optimal_compensation, relative_objective
+from tailor.terms import Term, relative_objective, solve_terms
 
 Stitching = Literal["paper", "mean", "joint"]
 STITCHINGS: tuple[Stitching, ...] = get_args(Stitching)
@@ -176,7 +176,11 @@ class _AnyTask(Mapping[str, Tensor]):
 
 
 class _Part(NamedTuple):
-    """What one task brings to one tensor. `compensation` is for `paper` and `mean`; `gram` is damped, None for none."""
+    """What one task brings to one tensor.
+
+    `compensation`, and the `residual` of its equations if it came from any, are for `paper` and `mean`; `gram` is
+    damped, None for none.
+    """
 
     task: _Task
     tuned: Tensor
@@ -184,6 +188,7 @@ class _Part(NamedTuple):
     mask: Tensor
     compensation: Tensor
     gram: Tensor | None
+    residual: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,11 +217,11 @@ class _Stitch:
             return Fused(name, weight.float(), union, facts)
 
         start = torch.where(union, _mean_where(masks, [part.delta for part in parts]).float(), 0)
-        compensation = self._compensation(name, parts, start, union)
+        compensation, residual = self._compensation(name, parts, start, union)
         stitched = start + compensation
         fused = (weight + compensation).float()
         rounded = torch.where(union, _change(base, fused, parts), 0)
-        facts |= self._facts(name, parts, stitched, rounded)
+        facts |= self._facts(name, parts, stitched, rounded) | {"residual": residual}
         return Fused(name, fused, union, facts)
 
     def _part(self, number: int, name: str, base: Tensor, rng: Rng) -> _Part:
@@ -237,14 +242,26 @@ class _Stitch:
         if name not in grams:
             mask = method.choose_by_salience(name, base, tuned, rng)
             return _Part(task, tuned, delta, mask, nothing, None)
-        layer = method.choose(name, base, tuned, grams, rng)
-        if self.how == "joint":
-            return _Part(task, tuned, delta, layer.mask, nothing, layer.gram)
-        decorated = decorate(delta, layer.mask, layer.gram, method.decorator, name=name, factor=layer.factor)
+        with telling_tokens(grams.token_count(name)):
+            layer = method.choose(name, base, tuned, grams, rng)
+            if self.how == "joint":
+                return _Part(task, tuned, delta, layer.mask, nothing, layer.gram)
+            decorated, residual = decorate_and_check(
+                delta,
+                layer.mask,
+                layer.gram,
+                method.decorator,
+                name=name,
+                factor=layer.factor,
+                precision=method.precision,
+            )
         compensation = torch.where(layer.mask, decorated - delta, 0)
-        return _Part(task, tuned, delta, layer.mask, compensation, layer.gram)
+        return _Part(task, tuned, delta, layer.mask, compensation, layer.gram, residual)
 
-    def _compensation(self, name: str, parts: Sequence[_Part], start: Tensor, union: Tensor) -> Tensor:
+    def _compensation(
+        self, name: str, parts: Sequence[_Part], start: Tensor, union: Tensor
+    ) -> tuple[Tensor, float | None]:
+        """The compensation of the stitched delta, and the largest residual of the equations behind it."""
         if self.how == "joint":
             for number, part in enumerate(parts, start=1):
                 if part.gram is None and name in part.task.changed:
@@ -252,13 +269,16 @@ class _Stitch:
                         f"{name}: fine-tuned model {number} changed it, but has no Gram of it where others have one; "
                         "calibrate all tasks for the same layers"
                     )
-            best = start + optimal_compensation(_terms(parts), start, union, name)
-            return torch.where(union, best - start, 0)
+            with telling_tokens(_token_count(name, parts)):
+                compensation, residual = solve_terms(_terms(parts), start, union, name, self.method.precision)
+            best = start + compensation
+            return torch.where(union, best - start, 0), residual
         compensations = [part.compensation for part in parts]
+        largest = max((part.residual for part in parts if part.residual is not None), default=None)
         if self.how == "mean":
-            return torch.where(union, _mean_where([part.mask for part in parts], compensations).float(), 0)
+            return torch.where(union, _mean_where([part.mask for part in parts], compensations).float(), 0), largest
         everywhere = [torch.ones_like(union)] * len(parts)  # App. B.2 divides by the number of tasks at every entry
-        return _mean_where(everywhere, compensations).float()
+        return _mean_where(everywhere, compensations).float(), largest
 
     def _facts(self, name: str, parts: Sequence[_Part], stitched: Tensor, rounded: Tensor) -> dict[str, Any]:
         with_gram = [part for part in parts if part.gram is not None]
@@ -269,7 +289,7 @@ class _Stitch:
                 Term(part.delta, self.method.damped(grams, name, part.delta)) for part, grams in held_out if grams
             ]
         return {
-            "token_count": sum(part.task.grams.calibration.token_count(name) for part in with_gram),
+            "token_count": _token_count(name, parts),
             "errors": {
                 tokens: {
                     "stitched": relative_objective(terms, stitched),
@@ -291,6 +311,10 @@ class _Stitch:
 
 def _terms(parts: Sequence[_Part]) -> list[Term]:
     return [Term(part.delta, part.gram) for part in parts if part.gram is not None]
+
+
+def _token_count(name: str, parts: Sequence[_Part]) -> int:
+    return sum(part.task.grams.calibration.token_count(name) for part in parts if part.gram is not None)
 
 
 def _change(base: Tensor, fused: Tensor, parts: Sequence[_Part]) -> Tensor:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tailor.decorate import output_energy
-from tailor.support import solve_on_support
+from tailor.linalg import output_energy
+from tailor.support import Precision, Solution, solve
 
 
 class Term(NamedTuple):
@@ -24,28 +24,62 @@ class Term(NamedTuple):
     weight: float = 1.0
 
 
-def optimal_compensation(terms: Sequence[Term], start: Tensor, mask: Tensor, name: str = "") -> Tensor:
-    """The C, zero off the mask, for which F = start + C makes the `objective` least.
+def optimal_compensation(
+    terms: Sequence[Term], start: Tensor, mask: Tensor, name: str = "", precision: Precision = "float32"
+) -> Tensor:
+    """The values of `solve_terms`: the C, zero off the mask, for which F = start + C makes the `objective` least."""
+    return solve_terms(terms, start, mask, name, precision).values
+
+
+def solve_terms(
+    terms: Sequence[Term], start: Tensor, mask: Tensor, name: str = "", precision: Precision = "float32"
+) -> Solution:
+    """The C, zero off the mask, for which F = start + C makes the `objective` least, and the solver's residual.
 
     `start`, (out, in), is zero off `mask`. With A = Σ weight · gram and S the support of a row,
-    C_S = (A_SS)⁻¹ (Σ weight · (delta - start) · gram)_S, exactly 0 in rows where `start` is what every term asks for.
-    Sums over terms are taken in float64, so that their order leaves no trace. Raises SingularGram naming the layer.
+    C_S = (A_SS)⁻¹ (Σ weight · (delta - start) · gram)_S, in the dtype of `start` and exactly 0 in rows where `start` is
+    what every term asks for. Sums over several terms are taken in float64, so that their order leaves no trace;
+    `precision` is that of all the rest. Raises SingularGram naming the layer, see `tailor.support.solve`.
     """
     terms = [term for term in terms if term.weight > 0]
-    compensation = torch.zeros_like(start)
     wanting = torch.zeros(start.shape[0], dtype=torch.bool, device=start.device)
     for term in terms:
-        wanting |= (term.delta != start).any(1)
-    rows = (wanting & mask.any(1)).nonzero()[:, 0]
+        wanting |= (term.delta - start).abs_().amax(1) != 0
+    rows = (wanting & mask.amax(1)).nonzero()[:, 0]  # on a CPU, ten times as fast as any()
     if not len(rows):
-        return compensation
+        return Solution(torch.zeros_like(start), 0.0)
+    dtype = torch.float64 if precision == "float64" else start.dtype
+    if len(rows) == len(start):  # as in most layers, whose copies are spared
+        values, residual = solve(*_normal_equations(terms, start, None, dtype), mask, name=name, precision=precision)
+        return Solution(values.to(start.dtype), residual)
+    values, residual = solve(*_normal_equations(terms, start, rows, dtype), mask[rows], name=name, precision=precision)
+    compensation = torch.zeros_like(start)
+    compensation[rows] = values.to(start.dtype)
+    return Solution(compensation, residual)
+
+
+def _normal_equations(
+    terms: Sequence[Term], start: Tensor, rows: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Σ weight · gram and Σ weight · (delta - start) · gram, the latter at `rows` (None: all), in `dtype`.
+
+    The weight of a single term changes nothing and is left out.
+    """
+
+    def product(term: Term) -> Tensor:
+        wanted = term.delta - start if rows is None else term.delta[rows] - start[rows]
+        return wanted.to(dtype) @ term.gram.to(dtype)
+
+    if len(terms) == 1:
+        return terms[0].gram.to(dtype), product(terms[0])
     gram = torch.zeros(terms[0].gram.shape, dtype=torch.float64, device=start.device)
-    rhs = torch.zeros((len(rows), start.shape[1]), dtype=torch.float64, device=start.device)
+    rhs = torch.zeros(
+        (len(start) if rows is None else len(rows), start.shape[1]), dtype=torch.float64, device=start.device
+    )
     for term in terms:
         gram.add_(term.gram, alpha=term.weight)
-        rhs.add_((term.delta[rows] - start[rows]) @ term.gram, alpha=term.weight)
-    compensation[rows] = solve_on_support(gram.to(start.dtype), rhs.to(start.dtype), mask[rows], name=name)
-    return compensation
+        rhs.add_(product(term), alpha=term.weight)
+    return gram.to(dtype), rhs.to(dtype)
 
 
 def objective(terms: Sequence[Term], fused_delta: Tensor) -> float:

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tailor.errors import TailorError
+from tailor.errors import TailorError, telling_tokens
 from tailor.gram import damp
 from tailor.linalg import inverse_factor
 from tailor.masks import top_fraction
@@ -71,7 +71,8 @@ class ReleasedCode:
             elif base.ndim != 2 or grams[name].shape[0] != base.shape[1]:
                 raise TailorError(f"{name}: its Gram does not fit its shape {tuple(base.shape)}; calibrate this model")
             else:
-                fused, mask = self._fuse_layer(name, base, tuned, grams[name].to(base.device), rng)
+                with telling_tokens(grams.token_count(name)):
+                    fused, mask = self._fuse_layer(name, base, tuned, grams[name].to(base.device), rng)
                 yield Fused(name, fused, mask, {"token_count": grams.token_count(name)})
 
     def _fuse_layer(self, name: str, base: Tensor, tuned: Tensor, gram: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from tailor.methods.tailor import Tailor
 from tailor.patch import Patch
 from tailor.report import FusionReport
 from tailor.stitch import STITCHINGS, Stitching, require_decorator, stitch
+from tailor.support import PRECISIONS, Precision
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Stitched:
     """The patches of several fine-tuned models of one base, stitched; `tailor.stitch` says `how`.
 
     `sparsity`, in [0, 1], is the fraction that the tasks may keep together: each of m keeps sparsity / m, as the
-    paper's two at 5 % make its 10 %. `omega`, `decorator` and `damping` are as in `Tailor`; `joint` solves for the
-    compensation itself and wants the decorator `exact`.
+    paper's two at 5 % make its 10 %. `omega`, `decorator`, `damping` and `precision` are as in `Tailor`; `joint` solves
+    for the compensation itself and wants the decorator `exact`.
 
     It is no `tailor.method.Method`, which fuses one fine-tuned model: its verb takes several, each with its Grams.
     """
@@ -33,6 +34,7 @@ class Stitched:
     omega: float = 0.5
     decorator: Decorator = "sparsegpt"
     damping: float = 0.01
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         require_one_of(self, "how", STITCHINGS)
@@ -40,6 +42,7 @@ class Stitched:
         require_between(self, "omega", 0, 1)
         require_one_of(self, "decorator", DECORATORS)
         require_between(self, "damping", 0, sys.float_info.max)
+        require_one_of(self, "precision", PRECISIONS)
         require_decorator(self.how, self.decorator)
 
     def stitch(
@@ -53,7 +56,8 @@ class Stitched:
         progress: Callable[[str], None] | None = None,
     ) -> tuple[Patch, FusionReport]:
         """`tailor.stitch.stitch` with each task's share of the sparsity, which is what patch and report state."""
-        each = Tailor(self.sparsity / max(len(finetuned), 1), self.omega, self.decorator, self.damping)
+        sparsity = self.sparsity / max(len(finetuned), 1)
+        each = Tailor(sparsity, self.omega, self.decorator, self.damping, precision=self.precision)
         return stitch(
             pretrained, finetuned, each, self.how, evidence=evidence, seed=seed, device=device, progress=progress
         )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tailor.decorate import DECORATORS, Decorator, decorate, layer_error
-from tailor.errors import SingularGram, TailorError
+from tailor.decorate import DECORATORS, Decorated, Decorator, decorate_and_check, layer_error
+from tailor.errors import SingularGram, TailorError, telling_tokens
 from tailor.gram import Grams, damp
-from tailor.linalg import inverse_factor
+from tailor.linalg import MORE_EVIDENCE, inverse_factor
 from tailor.masks import top_fraction
 from tailor.method import (
     Evidence,
@@ -27,6 +27,7 @@ from tailor.method import (
     require_one_of,
 )
 from tailor.scores import diagonal_of_inverse, fused_score, salience
+from tailor.support import PRECISIONS, Precision
 
 
 class Layer(NamedTuple):
@@ -53,11 +54,13 @@ class Tailor:
     Linear weights, those with a Gram: the mask takes the top `sparsity` (fraction kept, in [0, 1]) of the score of
     Eq. 11, in which `omega` in [0, 1] weighs salience against sensitivity, and C is the `decorator`'s compensation
     (Thm. 4.5). Other tensors (embeddings, norms, biases): the mask is by salience, and C is 0. `damping` is the
-    fraction of the Gram's mean diagonal added to it.
+    fraction of the Gram's mean diagonal added to it. `precision` is that in which `exact` solves; rows that float32
+    leaves with too large a residual are solved in float64 in any case.
 
     The report gives each layer's error (`tailor.decorate.layer_error`) on the damped calibration Gram, and on the
     damped held-out Gram if there is one: of the mask alone (`none`), of the decorator before rounding to the storage
-    dtype, and `rounded` after it; with `compare_decorators`, of all three decorators.
+    dtype, and `rounded` after it; with `compare_decorators`, of all three decorators. Where `exact` was among them, it
+    also gives the `residual` of its equations (`tailor.support.Solution`).
     """
 
     sparsity: float
@@ -65,6 +68,7 @@ class Tailor:
     decorator: Decorator = "sparsegpt"
     damping: float = 0.01
     compare_decorators: bool = False
+    precision: Precision = "float32"
     needs: ClassVar[EvidenceKind] = "grams"
 
     def __post_init__(self) -> None:
@@ -72,11 +76,12 @@ class Tailor:
         require_between(self, "omega", 0, 1)
         require_one_of(self, "decorator", DECORATORS)
         require_between(self, "damping", 0, sys.float_info.max)
+        require_one_of(self, "precision", PRECISIONS)
 
     def fuse(
         self, pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], evidence: Evidence, rng: Rng
     ) -> Iterator[Fused]:
-        """Yield tensors one by one; `facts` hold `token_count` and `errors` for those with a Gram.
+        """Yield tensors one by one; `facts` hold `token_count`, `errors` and `residual` for those with a Gram.
 
         Raises SingularGram naming the layer, and TailorError if no tensor in scope has a Gram or one does not fit.
         """
@@ -90,13 +95,18 @@ class Tailor:
                 yield Fused(name, tuned, self.choose_by_salience(name, base, tuned, rng))
 
     def _fuse_layer(self, name: str, base: Tensor, tuned: Tensor, grams: GramEvidence, rng: Rng) -> Fused:
-        layer = self.choose(name, base, tuned, grams.calibration, rng)
-        candidates = self.decorations(name, layer)
-        fused, rounded = layer.settle(base, tuned, candidates[self.decorator])
-        facts = {
-            "token_count": grams.calibration.token_count(name),
-            "errors": self.errors(name, layer, {**candidates, "rounded": rounded}, grams),
+        token_count = grams.calibration.token_count(name)
+        with telling_tokens(token_count):
+            layer = self.choose(name, base, tuned, grams.calibration, rng)
+            candidates = self.decorations(name, layer)
+        deltas = {how: candidate.delta for how, candidate in candidates.items()}
+        fused, rounded = layer.settle(base, tuned, deltas[self.decorator])
+        facts: dict[str, Any] = {
+            "token_count": token_count,
+            "errors": self.errors(name, layer, {**deltas, "rounded": rounded}, grams),
         }
+        if "exact" in candidates:
+            facts["residual"] = candidates["exact"].residual
         return Fused(name, fused, layer.mask, facts)
 
     def choose(self, name: str, base: Tensor, tuned: Tensor, grams: Grams, rng: Rng) -> Layer:
@@ -113,10 +123,12 @@ class Tailor:
         """The mask of a tensor that has no Gram."""
         return top_fraction(salience(difference(base, tuned)), self.sparsity, seed=rng.seed(name))
 
-    def decorations(self, name: str, layer: Layer) -> dict[str, Tensor]:
+    def decorations(self, name: str, layer: Layer) -> dict[str, Decorated]:
         """The delta under the mask as it is and as decorated, or with `compare_decorators` all three, by decorator."""
         return {
-            how: decorate(layer.delta, layer.mask, layer.gram, how, name=name, factor=layer.factor)
+            how: decorate_and_check(
+                layer.delta, layer.mask, layer.gram, how, name=name, factor=layer.factor, precision=self.precision
+            )
             for how in DECORATORS
             if how in ("none", self.decorator) or self.compare_decorators
         }
@@ -136,10 +148,12 @@ class Tailor:
     def damped(self, grams: Grams, name: str, weight: Tensor) -> Tensor:
         """The layer's damped Gram. Raises SingularGram if without damping there are fewer tokens than inputs."""
         gram = fitting_gram(grams, name, weight)
-        if self.damping == 0 and grams.token_count(name) < weight.shape[1]:
+        token_count = grams.token_count(name)
+        if self.damping == 0 and token_count < weight.shape[1]:
             raise SingularGram(
-                f"{name}: {grams.token_count(name)} tokens cannot tell {weight.shape[1]} inputs apart without damping; "
-                "raise the damping or calibrate with more samples"
+                f"{name}: {token_count} tokens cannot tell {weight.shape[1]} inputs apart without damping; "
+                f"{MORE_EVIDENCE}",
+                token_count,
             )
         return damp(gram, self.damping)
 

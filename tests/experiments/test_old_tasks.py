@@ -15,7 +15,7 @@ from experiments.artifacts import Artifact, Store
 from experiments.context import Context
 from experiments.errors import ConfigError
 from experiments.pipeline import Pipeline
-from experiments.runs import Record, Run, read_run
+from experiments.runs import Builds, Record, Run, read_run
 from experiments.stages.fuse import REPORT
 from experiments.stages.retain import sources
 from experiments.tables import show
@@ -68,8 +68,8 @@ def test_samples_are_drawn_anew_for_every_seed() -> None:
 def test_a_sweep_collects_what_it_retains_once(home: Path, tmp_path: Path) -> None:
     def retained(*overrides: str, task: str = "digits_flickr") -> tuple[Pipeline, Artifact]:
         settings = ["baseline=tailor_two_sided", f"task={task}", *SMALL, f"home={home}", *overrides]
-        record = Record(tmp_path, {})
-        pipeline = Pipeline(Context(parts_of(*settings), Store(home), record, torch.device("cpu")))
+        builds = Builds(Store(home), Record(tmp_path, {}))
+        pipeline = Pipeline(Context(parts_of(*settings), builds, torch.device("cpu")))
         return pipeline, pipeline.retain
 
     pipeline, first = retained()
@@ -137,7 +137,7 @@ def test_a_run_that_saw_old_tasks_is_marked_everywhere(run_small: RunSmall, tmp_
 
 def test_samples_of_a_file_stand_for_the_old_tasks(run_small: RunSmall, tmp_path: Path) -> None:
     samples = write_samples(tmp_path / "samples", 6, with_image=True)
-    settings = ("baseline=tailor_two_sided", "calibration.retain_samples=4")
+    settings = ("baseline=tailor_two_sided", "calibration.retain_samples=8")
     own, suite = (
         run_small("digits_llava", "digits_okvqa", *settings, f"calibration.retain={source}")
         for source in (samples, "suite")

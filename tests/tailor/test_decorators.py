@@ -11,7 +11,6 @@ from torch import Tensor
 from tailor.decorate import DECORATORS, decorate, layer_error
 from tailor.errors import InvalidSetting, SingularGram
 from tailor.masks import top_fraction
-from tailor.support import solve_on_support
 
 
 def least_squares(delta: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
@@ -58,9 +57,10 @@ def test_sparsegpt_is_the_brain_surgeon_column_by_column(make_layer, inputs, sha
     layer = make_layer(inputs, outputs=6, inputs=inputs, tokens=2 * inputs)
     mask = random_mask(inputs, layer.delta.shape, share)
     fused = decorate(layer.delta, mask, layer.gram, "sparsegpt")
-    torch.testing.assert_close(
-        fused.double(), brain_surgeon(layer.delta, mask, layer.gram), rtol=1e-3, atol=1e-4 * layer.delta.abs().max()
-    )
+    expected = brain_surgeon(layer.delta, mask, layer.gram)
+    assert (fused - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert ((fused - expected).norm(dim=1) <= 1e-4 * expected.norm(dim=1)).all()  # each row on its own scale
+    assert (fused - layer.delta * mask).norm() > 0.1 * expected.norm()  # there was something to compensate
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -161,43 +161,3 @@ def test_an_unknown_decorator_is_refused(make_layer):
     layer = make_layer(0)
     with pytest.raises(InvalidSetting, match="'ribbon' is unknown; choose one of none, sparsegpt, exact"):
         decorate(layer.delta, layer.delta > 0, layer.gram, "ribbon")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("workspace_bytes", [1, 10**5, 10**9])
-def test_solver_on_supports_of_every_size(dtype, workspace_bytes):
-    torch.manual_seed(0)
-    width = 30
-    root = torch.randn(width, 2 * width, dtype=torch.float64)
-    gram = root @ root.T
-    rhs = torch.randn(2 * (width + 1), width, dtype=torch.float64)
-    mask = torch.zeros(rhs.shape, dtype=torch.bool)
-    for row in range(rhs.shape[0]):
-        mask[row, torch.randperm(width)[: row // 2]] = True
-    solution = solve_on_support(gram.to(dtype), rhs.to(dtype), mask, workspace_bytes=workspace_bytes)
-    assert solution.dtype == dtype and not solution[~mask].any()
-    for row in range(rhs.shape[0]):
-        on = mask[row]
-        expected = torch.linalg.solve(gram[on][:, on], rhs[row, on])
-        torch.testing.assert_close(
-            solution[row, on].double(), expected, rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-5
-        )
-
-
-def test_solver_names_layer_and_support_size():
-    gram = torch.ones(4, 4)
-    mask = torch.tensor([[True, False, False, False], [True, True, True, False]])
-    with pytest.raises(SingularGram, match=r"q\.weight: the Gram on a support of 3 of 4 inputs"):
-        solve_on_support(gram, torch.ones(2, 4), mask, name="q.weight")
-    assert torch.equal(solve_on_support(gram, torch.ones(1, 4), mask[:1]), torch.tensor([[1.0, 0, 0, 0]]))
-    assert solve_on_support(gram, torch.ones(0, 4), mask[:0]).shape == (0, 4)
-
-
-def test_two_terms_in_the_normal_equations(make_layer):
-    """The general form: sum of Grams, sum of delta·Gram. Here the second term holds outputs where they were."""
-    target, other = make_layer(4), make_layer(5)
-    mask = random_mask(4, target.delta.shape, 0.2)
-    total = target.gram.double() + 0.5 * other.gram.double()
-    fused = solve_on_support(total, target.delta.double() @ target.gram.double(), mask)
-    gradient = fused @ total - target.delta.double() @ target.gram.double()
-    assert gradient[mask].abs().max() < 1e-10

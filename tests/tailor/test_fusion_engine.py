@@ -81,6 +81,7 @@ def test_report_accounts_for_every_tensor(folders):
         "changed_count": 30,
         "token_count": None,
         "errors": None,
+        "residual": None,
     }
     totals = report.totals
     assert totals["parameter_count"] == sum(tensor.numel() for tensor in model.pretrained.values())
@@ -99,8 +100,10 @@ def test_report_is_plain_json_and_compares_decorators(folders):
     order = plain["decorator_order"]["calibration"]
     assert order["layer_count"] == order["exact<=none"] == order["exact<=sparsegpt"] == 2
     assert plain["totals"]["gram_tensor_count"] == 2
+    residuals = [row["residual"] for row in plain["tensors"] if row["residual"] is not None]
+    assert len(residuals) == 2 and plain["totals"]["largest_residual"] == max(residuals) < 1e-5
     _, silent = fuse_to_patch(base, tuned, Tailor(0.3), evidence=model.evidence)
-    assert silent.decorator_order() is None
+    assert silent.decorator_order() is None and silent.totals["largest_residual"] is None
 
 
 def test_the_base_is_cast_before_deltas_and_keeps_its_dtype(make_model):

@@ -280,6 +280,32 @@ def test_too_few_tokens_need_damping(make_model):
     run(Tailor(0.1, damping=0.01), model)
 
 
+@pytest.mark.parametrize(
+    "method", [Tailor(0.5, omega=1.0, decorator="exact", damping=0.0), ReleasedCode(0.5, reset=(), keep_finetuned=())]
+)
+def test_a_singular_gram_is_told_with_its_tokens_and_the_remedy(make_model, method):
+    model = make_model()
+    accumulator = GramAccumulator()
+    accumulator.add(torch.randn(7, 1).expand(7, 6))  # six inputs that are always equal
+    method = dataclasses.replace(method, damping=0.0)
+    singular = GramEvidence(Grams.collect({"first.weight": "first"}, {"first": accumulator}))
+    remedy = r"raise the damping or calibrate with more samples \(this Gram is of 7 tokens\)"
+    with pytest.raises(SingularGram, match=rf"^first\.weight: the Gram .*not positive definite.*{remedy}$") as raised:
+        run(method, dataclasses.replace(model, evidence=singular))
+    assert raised.value.token_count == 7
+
+
+def test_tailor_solves_in_float64_on_request(make_model):
+    model = make_model()
+    single, double = (run(Tailor(0.4, decorator="exact", precision=p), model) for p in ("float32", "float64"))
+    for name in ("first.weight", "second.weight"):
+        assert double[name].facts["residual"] < 1e-12 < single[name].facts["residual"] < 1e-5
+        torch.testing.assert_close(single[name].tensor, double[name].tensor, rtol=1e-4, atol=1e-5)
+        assert double[name].tensor.dtype == torch.float32
+    with pytest.raises(InvalidSetting, match=r"Tailor\.precision = 'float16' is none of float32, float64"):
+        Tailor(0.1, precision="float16")
+
+
 class TestGrafting:
     def test_no_step_is_global_magnitude(self, make_model):
         model = make_model()

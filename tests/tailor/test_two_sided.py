@@ -98,6 +98,16 @@ def test_without_weight_it_is_exact_tailoring_bit_for_bit(make_two_sided, dtype,
             assert fused.facts["errors"] == renamed
 
 
+def test_in_float64_on_request(make_two_sided):
+    model, _ = make_two_sided()
+    single, double = (run(TwoSided(0.4, precision=precision), model) for precision in ("float32", "float64"))
+    for name in ("first.weight", "second.weight"):
+        assert double[name].facts["residual"] < 1e-12 < single[name].facts["residual"] < 1e-5
+        torch.testing.assert_close(single[name].tensor, double[name].tensor, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InvalidSetting, match=r"TwoSided\.precision = 'half' is none of float32, float64"):
+        TwoSided(0.1, precision="half")
+
+
 def test_one_input_by_hand():
     """H = 4, K = 1, delta 3 kept: f minimises 4 (3 - f)² + mu f², so f = 12 / (4 + mu)."""
     evidence = GramEvidence(

@@ -118,7 +118,10 @@ class TensorFile(Mapping[str, Tensor]):
         text = (self._file.metadata() or {}).get(_HEADER_KEY)
         if text is None:
             raise CheckpointError(f"{self.path}: holds tensors but no header of this library; is it the right file?")
-        return json.loads(text)
+        try:
+            return dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.path}: its header is damaged ({error}); copy it again") from error
 
 
 class TensorFileWriter:

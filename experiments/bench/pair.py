@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 # Of the size that they have in trained models: a bfloat16 step at 0.02 is about 1e-4, so that many entries stay put.
 WEIGHT_STD = 0.02
@@ -43,7 +40,7 @@ class Shape:
     @property
     def numel(self) -> int:
         """Number of parameters."""
-        return sum(torch.Size(shape).numel() for _, shape in self.tensors())
+        return sum(math.prod(shape) for _, shape in self.tensors())
 
     def config(self) -> Mapping[str, object]:
         """The ``config.json`` by which transformers and mergekit know the architecture."""
@@ -69,9 +66,11 @@ def of_size(gigabytes: float) -> Shape:
 
 def write_pair(folder: Path, shape: Shape, seed: int = 0) -> tuple[Path, Path]:
     """Writes the folders ``base`` and ``finetuned``, bfloat16, one file each; returns their paths."""
+    import torch  # here, since what measures other processes must be small itself
+    from safetensors.torch import save_file
+
     generator = torch.Generator().manual_seed(seed)
-    base: dict[str, Tensor] = {}
-    tuned: dict[str, Tensor] = {}
+    base, tuned = {}, {}
     for name, size in shape.tensors():
         weight = torch.randn(size, generator=generator) * WEIGHT_STD
         base[name] = weight.bfloat16()

@@ -224,10 +224,12 @@ def _share_out(forms: Mapping[str, TensorForm], max_shard_bytes: int) -> list[li
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        shard_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shard_of = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        if not all(isinstance(shard, str) for shard in shard_of.values()):
+            raise TypeError("weight_map is not of names of files")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a readable index ({error!r}); copy the checkpoint again") from error
-    return dict(shard_of)
+    return shard_of
 
 
 def _companions(folder: Path) -> Iterator[Path]:

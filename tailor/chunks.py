@@ -35,4 +35,10 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a floating-point tensor holds neither NaN nor infinity."""
     if not tensor.numel():
         return True
-    return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())  # both extremes are NaN if any entry is
+    # Both extremes are NaN if any entry is.
+    return bool(torch.stack([end for (piece,) in chunks(tensor) for end in piece.aminmax()]).isfinite().all())
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds NaN."""
+    return bool(tensor.numel()) and bool(torch.stack([piece.max() for (piece,) in chunks(tensor)]).isnan().any())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tailor.chunks import chunks, in_chunks
+from tailor.chunks import chunks, has_nan, in_chunks
 from tailor.errors import InvalidSetting, NotFinite
 
 _HISTOGRAM_ENTRIES = 1 << 22
@@ -113,7 +113,7 @@ def _descend(counts: Tensor | int, count: int) -> tuple[int, int]:
 
 
 def _without_nan(score: Tensor) -> Tensor:
-    if score.numel() and bool(score.max().isnan()):
+    if has_nan(score):
         nan_count = int(score.isnan().sum())
         raise NotFinite(f"score: {nan_count} of {score.numel()} entries are NaN; check the weights and the Gram")
     return score

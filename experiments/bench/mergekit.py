@@ -162,9 +162,7 @@ def rows(costs: Mapping[tuple[str, str], Sequence[Cost]], start: Mapping[str, fl
                 "inside_seconds": round(statistics.median(inside), 2) if inside else "",
                 "peak_gb": round(max(cost.peak_bytes for cost in several) / 1e9, 3),
                 "anonymous_gb": round(max(cost.anonymous_bytes for cost in several) / 1e9, 3),
-                "time_ratio": round(
-                    statistics.median(a.seconds / b.seconds for a, b in zip(several, peer, strict=True)), 3
-                ),
+                "time_ratio": round(statistics.median(ratios), 3),
                 "peak_ratio": round(max(c.peak_bytes for c in several) / max(c.peak_bytes for c in peer), 3),
             }
         )

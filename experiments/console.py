@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def console(*, width: int, markup: bool = True) -> Console:
@@ -12,6 +14,8 @@ def console(*, width: int, markup: bool = True) -> Console:
 
     rich would squeeze a piped table into 80 columns.
     """
+    from rich.console import Console  # not before it is needed: --help must answer at once
+
     return Console(width=None if sys.stdout.isatty() else width, highlight=False, markup=markup)
 
 

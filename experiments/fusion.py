@@ -24,14 +24,14 @@ from experiments.samples import drawn
 from experiments.shares import Fused, Model, Shares, Source, TaskSources
 from experiments.stages.fuse import advancing, write_report
 from experiments.stages.target import TargetLoss
-from tailor.align import Aligned, Only, align, require_precision
+from tailor.align import Aligned, Only, align
 from tailor.checkpoint import Checkpoint, CheckpointWriter
 from tailor.errors import CheckpointError
 from tailor.fuse import fuse_to_patch, fused_tensors
 from tailor.method import Evidence, EvidenceKind, GramEvidence, is_separable, sees_old_tasks
 from tailor.methods.stitched import Stitched
 from tailor.patch import Patch
-from tailor.report import FusionReport, TensorReport
+from tailor.report import Fate, FusionReport, TensorReport
 from tailor.scope import changed_tensors, select
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,8 @@ class Fusion:
         if parts.out is None:
             rows += [row for _, _, row in completed]
         else:
-            with CheckpointWriter(parts.out, self.folders[0], parts.max_shard_bytes) as writer:
+            forms = self.aligned[0].forms()
+            with CheckpointWriter(parts.out, self.folders[0], parts.max_shard_bytes, forms=forms) as writer:
                 for name, tensor, row in completed:
                     writer.write(name, tensor)
                     rows.append(row)
@@ -138,9 +139,7 @@ class Fusion:
         """All tensors in scope that fine-tuning changed."""
         names: dict[str, None] = {}
         for each in self.aligned:
-            changed = changed_tensors(each.pretrained, each.finetuned, self.scope)
-            require_precision(each.pretrained, each.finetuned, changed)
-            names |= dict.fromkeys(changed)
+            names |= dict.fromkeys(changed_tensors(each.pretrained, each.finetuned, self.scope))
         return tuple(names)
 
     @cached_property
@@ -294,12 +293,8 @@ class Fusion:
         """All tensors of the checkpoint, those of the patch with it, and their rows of the report."""
         base, scope = self.aligned[0].pretrained, frozenset(self.scope or ())
         rows = {row.name: row for row in fused.rows}
-        for name in base:
-            tensor = base[name]
-            if name in fused.patch.tensors:
-                alone = Patch({name: fused.patch.tensors[name]}, fused.patch.header)
-                ((_, tensor),) = alone.apply_to({name: tensor})
-            fate = "kept" if name in scope else "copied"
+        for name, tensor in fused.patch.applied(base).items():
+            fate: Fate = "kept" if name in scope else "copied"
             yield name, tensor, rows.get(name, TensorReport(name, tuple(tensor.shape), fate))
 
 

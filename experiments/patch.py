@@ -1,10 +1,12 @@
 """What fusing changed, as a file: ``python -m experiments.patch extract|apply|remove|stitch|info ...``.
 
-extract BASE FUSED OUT             write the patch that turns one checkpoint folder into the other
-apply   BASE PATCH OUT             write the fused checkpoint; files other than weights come from BASE
-remove  FUSED PATCH OUT            write the base checkpoint, bit for bit; files other than weights come from FUSED
-stitch  BASE PATCH [PATCH ...] OUT write one patch of several tasks' patches: each entry is its mean where they meet
-info    PATCH                      show where a patch comes from and what it changes
+extract BASE FUSED OUT                write the patch that turns one checkpoint folder into the other
+apply   BASE PATCH [PATCH ...] OUT    write the fused checkpoint; files other than weights come from BASE
+remove  FUSED PATCH [PATCH ...] OUT   write the base checkpoint, bit for bit; files other than weights come from FUSED
+stitch  BASE PATCH [PATCH ...] OUT    write one patch of several tasks' patches: each entry is its mean where they meet
+info    PATCH                         show where a patch comes from and what it changes
+
+Several patches are applied in their order, and removed from the last to the first: name them the same way both times.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.console import size
 from experiments.errors import FORESEEN
-from tailor.errors import CheckpointError, PatchError
+from tailor.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,44 +47,45 @@ def extract(base_folder: Path, fused_folder: Path, out: Path) -> None:
     print(f"{out}: {summary(patch)}, {size(out.stat().st_size)}")
 
 
-def flip(folder: Path, patch_file: Path, out: Path, *, removing: bool) -> None:
-    """Writes ``folder`` with the patch applied or, if ``removing``, removed; tensors are streamed.
+def flip(folder: Path, patch_files: Sequence[Path], out: Path, *, removing: bool) -> None:
+    """Writes ``folder`` with patches applied in their order or, if ``removing``, removed from the last to the first.
 
-    Patched tensors that are not the recorded base as a whole, though their bits at the patched places are, get a
-    warning: patches stack, but the result is not the model that the patch was made for.
+    Tensors are streamed. Patched tensors that are not the recorded base as a whole, though their bits at the patched
+    places are, get a warning: patches stack, but the result is not the model that the patch was made for.
     """
-    from tailor.bits import sha256
     from tailor.checkpoint import Checkpoint, CheckpointWriter
+    from tailor.patch import Patch
 
-    weights, patch = Checkpoint(folder), load(patch_file)
-    unlike = []
+    source = Checkpoint(folder)
+    weights: Mapping[str, Tensor] = source
+    patches = [(path, Patch.load(path)) for path in patch_files]
+    unlike: dict[Path, tuple[str, ...]] = {}
+    for path, patch in reversed(patches) if removing else patches:
+        flipped = patch.removed(weights) if removing else patch.applied(weights)
+        unlike[path] = patch.unlike(flipped if removing else weights)
+        weights = flipped
     with CheckpointWriter(out, like=folder) as writer:
-        for name, tensor in patch.remove_from(weights) if removing else patch.apply_to(weights):
-            entry = patch.tensors[name]
-            require_places(name, tensor, entry, entry.places_sha256 if removing else entry.fused_places_sha256)
-            if sha256(tensor if removing else weights[name]) != entry.base_sha256:
-                unlike.append(name)
-            writer.write(name, tensor)
-        for name in weights:
-            if name not in patch.tensors:
-                writer.write(name, weights[name])
-    if unlike:
-        print(
-            f"warning: of {len(patch.tensors)} patched tensors, {len(unlike)} match the patch's base at the patched "
-            f"places only and differ from it elsewhere: {', '.join(unlike)}",
-            file=sys.stderr,
-        )
-    print(f"{out}: {'removed' if removing else 'applied'} {summary(patch)}")
+        for name in source:
+            writer.write(name, weights[name])
+    for path, patch in patches:
+        if unlike[path]:
+            print(
+                f"warning: of {len(patch.tensors)} patched tensors, {len(unlike[path])} match the patch's base at the "
+                f"patched places only and differ from it elsewhere: {', '.join(unlike[path])}",
+                file=sys.stderr,
+            )
+        print(f"{out}: {'removed' if removing else 'applied'} {summary(patch)}")
 
 
 def stitch(base_folder: Path, patch_files: Sequence[Path], out: Path) -> None:
     """Writes the mean of the patches, each entry's over those that change it; BASE is read a tensor at a time."""
     from tailor.checkpoint import Checkpoint
+    from tailor.patch import Patch
     from tailor.stitch import stitch_patches
 
     if out.exists():
         raise CheckpointError(f"{out}: already exists; remove it or choose another file")
-    patches = [load(path) for path in patch_files]
+    patches = [Patch.load(path) for path in patch_files]
     patch = stitch_patches(Checkpoint(base_folder), patches)
     patch.save(out)
     print(f"{out}: stitched {len(patches)} patches to {summary(patch)}")
@@ -93,8 +97,9 @@ def info(patch_file: Path) -> None:
     from rich.table import Table
 
     from experiments.console import console
+    from tailor.patch import Patch
 
-    patch = load(patch_file)
+    patch = Patch.load(patch_file)
     out = console(width=200, markup=False)
     for key, value in patch.header.items():
         out.print(f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
@@ -116,28 +121,6 @@ def info(patch_file: Path) -> None:
     out.print(f"{summary(patch)}; file {size(file_bytes)}{share}", soft_wrap=True)
 
 
-def load(path: Path) -> Patch:
-    """The patch, checked for changes that no tensor has room for. Raises a foreseen error if it is damaged."""
-    from tailor.patch import Patch
-
-    patch = Patch.load(path)
-    for name, entry in patch.tensors.items():
-        indices = entry.indices()
-        if len(indices) != entry.xors.numel() or (len(indices) and int(indices[-1]) >= math.prod(entry.shape)):
-            raise PatchError(f"{path}: the changes of {name} do not fit its shape; the file is damaged, copy it again")
-    return patch
-
-
-def require_places(name: str, tensor: Tensor, entry: PatchedTensor, digest: str) -> None:
-    """Raises PatchError unless the entries that the patch flipped have become what it recorded."""
-    from tailor.bits import bit_patterns, sha256
-
-    if sha256(bit_patterns(tensor)[entry.indices()]) != digest:
-        raise PatchError(
-            f"{name}: the patch does not lead to the entries that it recorded; it is damaged, copy it again"
-        )
-
-
 def summary(patch: Patch) -> str:
     return f"{patch.changed_count:,} changed entries in {len(patch.tensors)} tensors"
 
@@ -146,31 +129,24 @@ def stored_bytes(entry: PatchedTensor) -> int:
     return entry.gaps.nbytes + entry.xors.nbytes
 
 
-def size(count: int) -> str:
-    """Bytes as people write them, in powers of 1000."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.patch", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="extract|apply|remove|stitch|info")
     for command, (description, arguments) in COMMANDS.items():
         subparser = commands.add_parser(command, help=description, description=description)
         for argument in arguments:
-            several = {"nargs": "+", "metavar": "PATCH"} if argument == "patches" else {"metavar": argument.upper()}
-            subparser.add_argument(argument, type=Path, help=ARGUMENTS[argument], **several)
+            several = "+" if argument == "patches" else None
+            metavar = "PATCH" if several else argument.upper()
+            subparser.add_argument(argument, type=Path, nargs=several, metavar=metavar, help=ARGUMENTS[argument])
     chosen = parser.parse_args()
     try:
         match chosen.command:
             case "extract":
                 extract(chosen.base, chosen.fused, chosen.out)
             case "apply":
-                flip(chosen.base, chosen.patch, chosen.out, removing=False)
+                flip(chosen.base, chosen.patches, chosen.out, removing=False)
             case "remove":
-                flip(chosen.fused, chosen.patch, chosen.out, removing=True)
+                flip(chosen.fused, chosen.patches, chosen.out, removing=True)
             case "stitch":
                 stitch(chosen.base, chosen.patches, chosen.out)
             case "info":
@@ -181,8 +157,8 @@ def main() -> None:
 
 COMMANDS = {
     "extract": ("write the patch that turns BASE into FUSED", ("base", "fused", "out")),
-    "apply": ("write BASE with the patch applied", ("base", "patch", "out")),
-    "remove": ("write FUSED with the patch removed: its base", ("fused", "patch", "out")),
+    "apply": ("write BASE with the patches applied", ("base", "patches", "out")),
+    "remove": ("write FUSED with the patches removed: its base", ("fused", "patches", "out")),
     "stitch": ("write one patch of several tasks' patches of BASE", ("base", "patches", "out")),
     "info": ("show where a patch comes from and what it changes", ("patch",)),
 }
@@ -190,7 +166,7 @@ ARGUMENTS = {
     "base": "checkpoint folder",
     "fused": "checkpoint folder of the same tensors",
     "patch": "patch file",
-    "patches": "patch files",
+    "patches": "patch files, in the order in which they are applied",
     "out": "what to write, a patch file or a checkpoint folder; must not exist yet",
 }
 

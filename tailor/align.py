@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tailor.bits import bit_patterns
-from tailor.checkpoint import Checkpoint
+from tailor.checkpoint import form_of, shape_of
 from tailor.errors import CheckpointMismatch, InvalidSetting, PrecisionLoss
 from tailor.report import TensorReport
 from tailor.scope import FUSIBLE_DTYPES, require_same_tensors
+from tailor.storage import TensorForm
 
 Embeddings = Literal["refuse", "keep_finetuned_rows"]
 OutDtype = Literal["pretrained", "finetuned"]
@@ -60,10 +61,18 @@ class Aligned:
             for copy in copies_of.get(name, ()):
                 yield copy, tensor, TensorReport(copy, row.shape, "tied", facts={"tied_to": name})
 
+    def forms(self) -> dict[str, TensorForm]:
+        """Shapes and dtypes of the completed stream."""
+        forms = {}
+        for name in self.pretrained:
+            shape, dtype = form_of(self.pretrained, name)
+            forms[name] = TensorForm((shape[0] + self.grown[name], *shape[1:]) if name in self.grown else shape, dtype)
+        return forms | {copy: forms[original] for copy, original in self.copies.items()}
+
     def dropped_rows(self) -> list[TensorReport]:
         """The report's rows for duplicates that the fused checkpoint, like the fine-tuned one, does not repeat."""
         return [
-            TensorReport(name, _shape(self.pretrained, original), "tied", facts={"tied_to": original})
+            TensorReport(name, shape_of(self.pretrained, original), "tied", facts={"tied_to": original})
             for name, original in self.dropped.items()
         ]
 
@@ -97,11 +106,11 @@ def align(
         raise CheckpointMismatch(
             "fine-tuning grew the vocabulary: "
             + "; ".join(
-                f"{name} has rows {_shape(base, name)[0]} to {_shape(whole, name)[0] - 1} more" for name in grown
+                f"{name} has rows {shape_of(base, name)[0]} to {shape_of(whole, name)[0] - 1} more" for name in grown
             )
             + "; embeddings=keep_finetuned_rows fuses the rows that both have and keeps these as fine-tuned"
         )
-    tuned = _FirstRows(whole, {name: _shape(base, name)[0] for name in grown}) if grown else whole
+    tuned = _FirstRows(whole, {name: shape_of(base, name)[0] for name in grown}) if grown else whole
     require_same_tensors(base, tuned)
     if out_dtype == "finetuned":
         base = _Cast(base, tuned)
@@ -150,8 +159,8 @@ class _View(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self.weights
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return _shape(self.weights, name)
+    def form(self, name: str) -> TensorForm:
+        return form_of(self.weights, name)
 
 
 class _Without(_View):
@@ -180,9 +189,9 @@ class _FirstRows(_View):
         tensor = super().__getitem__(name)
         return tensor[: self._counts[name]] if name in self._counts else tensor
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        shape = super().shape(name)
-        return (self._counts[name], *shape[1:]) if name in self._counts else shape
+    def form(self, name: str) -> TensorForm:
+        shape, dtype = super().form(name)
+        return TensorForm((self._counts[name], *shape[1:]) if name in self._counts else shape, dtype)
 
 
 class Only(_View):
@@ -210,12 +219,12 @@ class _Cast(_View):
         self._like = like
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor, dtype = super().__getitem__(name), self._like[name].dtype
-        return tensor.to(dtype) if tensor.dtype in FUSIBLE_DTYPES and dtype in FUSIBLE_DTYPES else tensor
+        return super().__getitem__(name).to(self.form(name).dtype)
 
-
-def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    return weights.shape(name) if isinstance(weights, Checkpoint | _View) else tuple(weights[name].shape)
+    def form(self, name: str) -> TensorForm:
+        shape, dtype = super().form(name)
+        wanted = form_of(self._like, name).dtype
+        return TensorForm(shape, wanted if {dtype, wanted} <= set(FUSIBLE_DTYPES) else dtype)
 
 
 def _duplicates(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, str]:
@@ -223,11 +232,11 @@ def _duplicates(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[
     shared = [name for name in one if name in other]
     found = {}
     for name in one:
-        if name not in other and len(_shape(one, name)) == 2:
+        if name not in other and len(shape_of(one, name)) == 2:
             equals = (
                 candidate
                 for candidate in shared
-                if _shape(one, candidate) == _shape(one, name) and torch.equal(one[candidate], one[name])
+                if shape_of(one, candidate) == shape_of(one, name) and torch.equal(one[candidate], one[name])
             )
             if (original := next(equals, None)) is not None:
                 found[name] = original
@@ -237,9 +246,9 @@ def _duplicates(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[
 def _grown(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, int]:
     """Rows that matrices and vectors have more in `tuned`, if all that differ in shape have as many more."""
     differing = {
-        name: (_shape(base, name), _shape(tuned, name))
+        name: (shape_of(base, name), shape_of(tuned, name))
         for name in base
-        if name in tuned and _shape(base, name) != _shape(tuned, name)
+        if name in tuned and shape_of(base, name) != shape_of(tuned, name)
     }
     grown = {
         name: after[0] - before[0]

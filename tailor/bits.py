@@ -10,9 +10,14 @@ from torch import Tensor
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def integer_of(dtype: torch.dtype) -> torch.dtype:
+    """The integer dtype in which bit patterns of `dtype` are held."""
+    return _INTEGER_OF_SIZE[dtype.itemsize]
+
+
 def bit_patterns(tensor: Tensor) -> Tensor:
     """The entries' bit patterns as a flat integer tensor; a view where the tensor is contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(_INTEGER_OF_SIZE[tensor.element_size()])
+    return tensor.detach().contiguous().reshape(-1).view(integer_of(tensor.dtype))
 
 
 def sha256(tensor: Tensor) -> str:

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tailor.errors import CheckpointError
-from tailor.storage import TensorFile
+from tailor.partial import partial_sibling
+from tailor.sizes import parse_bytes
+from tailor.storage import TensorFile, TensorFileWriter, TensorForm
 
+MAX_SHARD_BYTES = "5GB"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
@@ -73,6 +74,14 @@ class Checkpoint(Mapping[str, Tensor]):
         """Dtype of a tensor, from the header alone."""
         return self._file_of(name).dtype(name)
 
+    def forms(self) -> dict[str, TensorForm]:
+        """Shape and dtype of every tensor, from the headers alone."""
+        return {name: self.form(name) for name in self.names}
+
+    def form(self, name: str) -> TensorForm:
+        """Shape and dtype of a tensor, from the header alone."""
+        return self._file_of(name).form(name)
+
     def __getitem__(self, name: str) -> Tensor:
         return self._file_of(name)[name]
 
@@ -102,80 +111,118 @@ class Checkpoint(Mapping[str, Tensor]):
         return file
 
 
+@runtime_checkable
+class Described(Protocol):
+    """Weights that know a tensor's form without reading it."""
+
+    def form(self, name: str) -> TensorForm:
+        """Shape and dtype."""
+        ...
+
+
+def form_of(weights: Mapping[str, Tensor], name: str) -> TensorForm:
+    """Shape and dtype of a tensor, from a header where there is one."""
+    if isinstance(weights, Described):
+        return weights.form(name)
+    return TensorForm(tuple(weights[name].shape), weights[name].dtype)
+
+
+def shape_of(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Shape of a tensor, from a header where there is one."""
+    return form_of(weights, name).shape
+
+
 class CheckpointWriter:
     """Context manager that writes a checkpoint folder: all of it, or, after any exception, nothing.
 
-    Tensors come in any order. At most one shard of at most `max_shard_bytes` bytes (or one larger tensor) is held in
-    memory. Files other than weights are copied byte for byte from the folder `like`. Everything goes to a hidden
-    sibling of `out`, which is renamed at the end. Raises CheckpointError if `out` exists or cannot be written.
+    `forms` say which tensors will be written (default: those of the folder `like`, as they are there). They come in any
+    order, and each goes straight to its place in a shard of at most `max_shard_bytes` (a number, or "5GB"; a larger
+    tensor has a shard for itself), so that none is held in memory. Files other than weights are copied byte for byte
+    from `like`. Everything goes to a hidden sibling of `out`, which is renamed at the end; what a killed process left
+    there, the next writer to the same `out` removes.
+
+    Raises CheckpointError if `out` exists or cannot be written, if the disk has no room for it, or if what was written
+    is not what was announced; InvalidSetting for `max_shard_bytes`.
     """
 
-    def __init__(self, out: str | os.PathLike[str], like: str | os.PathLike[str], max_shard_bytes: int = 2**30) -> None:
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        like: str | os.PathLike[str],
+        max_shard_bytes: int | str = MAX_SHARD_BYTES,
+        *,
+        forms: Mapping[str, TensorForm] | None = None,
+    ) -> None:
         self._out = Path(out)
-        self._partial = self._out.with_name(f".{self._out.name}.{secrets.token_hex(4)}.partial")
         self._like = Checkpoint(like)
-        self._max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._total_bytes = 0
-        self._shards: list[list[str]] = []
-        self._written: set[str] = set()
+        self._forms = self._like.forms() if forms is None else forms
+        self._max_shard_bytes = parse_bytes(max_shard_bytes, "max_shard_bytes")
+        self._shard_of: dict[str, str] = {}
+        self._files: dict[str, TensorFileWriter] = {}
+        self._cleanup = ExitStack()
 
     def __enter__(self) -> Self:
         if self._out.exists() or self._out.is_symlink():
             raise CheckpointError(f"{self._out}: already exists; remove it or choose another output folder")
         try:
-            self._partial.mkdir(parents=True)
+            self._partial = self._cleanup.enter_context(partial_sibling(self._out, folder=True))
+            self._start()
         except OSError as error:
+            self._cleanup.close()
             raise self._failure(error) from error
+        except BaseException:
+            self._cleanup.close()
+            raise
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor, in its own dtype. It must not change until the writer is left."""
-        if name in self._written:
+        """Write a tensor, which has the announced shape and dtype."""
+        form = TensorForm(tuple(tensor.shape), tensor.dtype)
+        if form != self._forms.get(name):
+            raise CheckpointError(f"{self._out}: {name} is {form}, announced was {self._forms.get(name)}")
+        file = self._files[self._shard_of[name]]
+        if name not in file.missing:
             raise CheckpointError(f"{self._out}: {name} was written twice; every tensor is written once")
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._max_shard_bytes:
-            self._flush()
-        self._written.add(name)
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += size
-        self._total_bytes += size
+        try:
+            file.write(name, tensor)
+        except OSError as error:
+            raise self._failure(error) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if kind is None:
-                self._flush()
                 self._finish()
         except OSError as problem:
             raise self._failure(problem) from problem
         finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            self._cleanup.close()
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        self._shards.append(sorted(self._pending))
-        try:
+    def _start(self) -> None:
+        """Share the tensors out among shards, by name, and make their files."""
+        total = sum(form.nbytes for form in self._forms.values())
+        free = shutil.disk_usage(self._partial).free
+        if free < total:
+            raise CheckpointError(
+                f"{self._out}: needs {total / 1e9:.3g} GB, and the disk has {free / 1e9:.3g} GB left; make room"
+            )
+        shards = _share_out(self._forms, self._max_shard_bytes)
+        for number, names in enumerate(shards, start=1):
+            shard = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._shard_of.update(dict.fromkeys(names, shard))
             # transformers refuses weights whose metadata does not name the framework.
-            save_file(self._pending, self._partial / f"{len(self._shards)}.safetensors", {"format": "pt"})
-        except (SafetensorError, OSError) as error:
-            raise self._failure(error) from error
-        self._pending, self._pending_bytes = {}, 0
+            forms = {name: self._forms[name] for name in names}
+            self._files[shard] = TensorFileWriter(self._partial / shard, forms, {"format": "pt"})
+        if len(shards) != 1:
+            index = {"metadata": {"total_size": total}, "weight_map": self._shard_of}
+            (self._partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _finish(self) -> None:
-        """Give the shards their names, now that their number is known, add the other files, and show the folder."""
-        count = len(self._shards)
-        shard_of: dict[str, str] = {}
-        for number, names in enumerate(self._shards, start=1):
-            shard = _SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self._partial / f"{number}.safetensors").rename(self._partial / shard)
-            shard_of.update(dict.fromkeys(names, shard))
-        if count != 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(shard_of.items()))}
-            (self._partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        """See that every tensor is there, add the other files, and show the folder."""
+        missing = sorted(name for file in self._files.values() for name in file.missing)
+        if missing:
+            raise CheckpointError(f"{self._out}: {len(missing)} tensors were not written: {', '.join(missing[:5])}")
         for path in self._like.other_files():
             (self._partial / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._like.folder / path, self._partial / path)
@@ -187,12 +234,27 @@ class CheckpointWriter:
         )
 
 
+def _share_out(forms: Mapping[str, TensorForm], max_shard_bytes: int) -> list[list[str]]:
+    """Names in order, in groups of at most so many bytes or of one; a single empty group if there are none."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name in sorted(forms):
+        if shards[-1] and used + forms[name].nbytes > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += forms[name].nbytes
+    return shards
+
+
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        shard_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shard_of = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        if not all(isinstance(shard, str) for shard in shard_of.values()):
+            raise TypeError("weight_map is not of names of files")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a readable index ({error!r}); copy the checkpoint again") from error
-    return dict(shard_of)
+    return shard_of
 
 
 def _companions(folder: Path) -> Iterator[Path]:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from tailor.align import Embeddings, OutDtype, align, require_precision
 from tailor.bits import bit_patterns
-from tailor.checkpoint import Checkpoint, CheckpointWriter
+from tailor.checkpoint import MAX_SHARD_BYTES, Checkpoint, CheckpointWriter
+from tailor.chunks import chunks, is_finite
 from tailor.errors import NotFinite, TailorError
 from tailor.method import Evidence, Fused, Method, Rng, grams_of, require_nothing, target_of
 from tailor.patch import Patch
@@ -29,25 +31,39 @@ def fuse(
     evidence: Evidence = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    embeddings: Embeddings = "refuse",
+    out_dtype: OutDtype = "pretrained",
+    max_shard_bytes: int | str = MAX_SHARD_BYTES,
     progress: Callable[[str], None] | None = None,
 ) -> FusionReport:
     """Fuse two checkpoint folders into a third, which appears whole or not at all.
 
     Deltas are taken after casting the base to the fine-tuned dtype; the result has the base's dtypes, its bits off the
     masks and outside the scope, and the fine-tuned folder's other files. `scope` are name patterns (default: every
-    tensor that differs), `device` is where methods compute, `progress` is called with each name when its tensor is
-    done. Memory is bounded by the largest tensor and one shard, unless the method's docstring says otherwise.
+    tensor that differs), `device` is where methods compute, `max_shard_bytes` (a number, or "5GB") limits the files of
+    weights, and `progress` is called with each name when its tensor is done. Memory is bounded by a few times the
+    largest tensor, unless the method's docstring says otherwise. `tailor.align.align` says what `embeddings` and
+    `out_dtype` are for, and how tied tensors that one folder alone repeats are treated.
 
     Raises TailorError: see `tailor.errors` for what each kind means.
     """
-    rows: list[TensorReport] = []
+    aligned = align(Checkpoint(pretrained), Checkpoint(finetuned), embeddings=embeddings, out_dtype=out_dtype)
+    rows = aligned.dropped_rows()
     fused = fused_tensors(
-        pretrained, finetuned, method, scope=scope, evidence=evidence, seed=seed, device=device, progress=progress
+        aligned.pretrained,
+        aligned.finetuned,
+        method,
+        scope=scope,
+        evidence=evidence,
+        seed=seed,
+        device=device,
+        progress=progress,
     )
-    with CheckpointWriter(out, like=finetuned) as writer:
-        for name, tensor, row in fused:
+    with CheckpointWriter(out, finetuned, max_shard_bytes, forms=aligned.forms()) as writer:
+        for name, tensor, row in aligned.completed(fused):
             writer.write(name, tensor)
             rows.append(row)
+            del tensor  # before the next one is made
     return FusionReport.of(method, seed, rows)
 
 
@@ -101,13 +117,16 @@ def fused_tensors(
     require_same_tensors(base, tuned)
     selected = None if scope is None else select(base, scope)
     changed = changed_tensors(base, tuned, selected)
+    require_precision(base, tuned, changed)
 
     fates: dict[str, Fate] = dict.fromkeys(base, "copied")
     fates.update(dict.fromkeys(selected or (), "kept"))
     fates.update(dict.fromkeys(changed, "fused"))
     for name, fate in fates.items():
         if fate != "fused":
-            yield name, base[name], TensorReport(name, tuple(base[name].shape), fate)
+            tensor = base[name]
+            yield name, tensor, TensorReport(name, tuple(tensor.shape), fate)
+            del tensor
 
     todo = set(changed)
     sources = (_InScope(base, changed, "pretrained", device), _InScope(tuned, changed, "fine-tuned", device))
@@ -115,9 +134,13 @@ def fused_tensors(
         if fused.name not in todo:
             raise TailorError(f"{type(method).__name__} yielded {fused.name} twice or out of scope; correct the method")
         todo.remove(fused.name)
-        yield fused.name, *_settle(fused, base[fused.name], type(method).__name__)
+        name = fused.name
+        result, row = _settle(fused, base[name], type(method).__name__)
+        del fused
+        yield name, result, row
+        del result  # before the next one is made
         if progress is not None:
-            progress(fused.name)
+            progress(name)
     if todo:
         raise TailorError(f"{type(method).__name__} left out {', '.join(sorted(todo))}; correct the method")
 
@@ -150,23 +173,30 @@ class _InScope(Mapping[str, Tensor]):
 def _settle(fused: Fused, base: Tensor, method: str) -> tuple[Tensor, TensorReport]:
     """The tensor in the base's dtype, with the base's bits off the mask, and its row of the report."""
     name, shape, base = fused.name, tuple(base.shape), base.detach().cpu()
-    mask = torch.ones(shape, dtype=torch.bool) if fused.mask is None else fused.mask.cpu()
+    mask = torch.ones((), dtype=torch.bool).expand(shape) if fused.mask is None else fused.mask.cpu()
     if tuple(fused.tensor.shape) != shape or tuple(mask.shape) != shape or mask.dtype != torch.bool:
         raise TailorError(
             f"{name}: {method} yielded {tuple(fused.tensor.shape)} under a {mask.dtype} mask {tuple(mask.shape)} for "
             f"a tensor {shape}; correct the method"
         )
-    result = torch.where(mask, fused.tensor.cpu().to(base.dtype), base)
+    result = torch.empty(shape, dtype=base.dtype)
+    mask_count = changed_count = 0
+    for piece, chosen, after, before in chunks(result, mask, fused.tensor.cpu(), base):
+        torch.where(chosen, after.to(base.dtype), before, out=piece)
+        changed = bit_patterns(piece) != bit_patterns(before)
+        if bool((changed & ~chosen).any()):
+            raise TailorError(
+                f"{name}: entries changed outside the mask of {method}; this is a defect, please report it"
+            )
+        mask_count += int(chosen.count_nonzero())
+        changed_count += int(changed.count_nonzero())
     _require_finite(name, result, f"fused by {method} and rounded to {base.dtype}, it holds", "check the settings")
-    changed = bit_patterns(result) != bit_patterns(base)
-    if bool((changed & ~mask.reshape(-1)).any()):
-        raise TailorError(f"{name}: entries changed outside the mask of {method}; this is a defect, please report it")
-    return result, TensorReport(name, shape, "fused", int(mask.sum()), int(changed.sum()), fused.facts)
+    return result, TensorReport(name, shape, "fused", mask_count, changed_count, fused.facts)
 
 
 def _require_finite(name: str, tensor: Tensor, finding: str, way_out: str) -> None:
-    bad_count = int((~tensor.isfinite()).sum())
-    if bad_count:
+    if not is_finite(tensor):
+        bad_count = int((~tensor.isfinite()).sum())
         raise NotFinite(f"{name}: {finding} {bad_count} NaN or infinite of {tensor.numel()} entries; {way_out}")
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tailor.chunks import chunks, has_nan, in_chunks
 from tailor.errors import InvalidSetting, NotFinite
 
-_CHUNK = 1 << 22
+_HISTOGRAM_ENTRIES = 1 << 22
 _HALF = 1 << 15
 _NOTHING_ABOVE = (1 << 31) - 1
 _WORD = (1 << 64) - 1
@@ -47,11 +48,14 @@ class Cut:
 
     def mask(self, score: Tensor, first_index: int = 0) -> Tensor:
         """Bool mask of one tensor of the ranking; `first_index` counts the entries of the tensors before it."""
-        keys = _ordered_keys(score)
-        mask = keys > self.key
-        ties = (keys == self.key).nonzero()[:, 0]
-        mask[ties[_hash(ties + first_index, self.seed) <= self.tie_hash]] = True
-        return mask.view(score.shape)
+        mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+        for chosen, piece in chunks(mask, score):
+            keys = _ordered_keys(piece)
+            torch.gt(keys, self.key, out=chosen)
+            ties = (keys == self.key).nonzero()[:, 0]
+            chosen[ties[_hash(ties + first_index, self.seed) <= self.tie_hash]] = True
+            first_index += piece.numel()
+        return mask
 
 
 def find_cut(scores: Callable[[], Iterable[Tensor]], count: int, *, seed: int) -> Cut:
@@ -62,16 +66,18 @@ def find_cut(scores: Callable[[], Iterable[Tensor]], count: int, *, seed: int) -
     """
     if count == 0:
         return Cut(_NOTHING_ABOVE, 0, seed)
-    upper = sum(_histogram((_ordered_keys(_without_nan(score)) >> 16) + _HALF) for score in scores())
+    upper = sum(_histogram(in_chunks(_upper_half, _without_nan(score), dtype=torch.int32)) for score in scores())
     bucket, count = _descend(upper, count)
-    lower = sum(_histogram(_within(_ordered_keys(score), bucket) & 0xFFFF) for score in scores())
+    lower = sum(
+        _histogram(torch.cat([_lower_half_within(piece, bucket) for (piece,) in chunks(score)])) for score in scores()
+    )
     low_bits, count = _descend(lower, count)
     key = ((bucket - _HALF) << 16) | low_bits
     hashes, first_index = [], 0
-    for score in scores():
-        ties = (_ordered_keys(score) == key).nonzero()[:, 0]
+    for piece in (piece for score in scores() for (piece,) in chunks(score)):
+        ties = (_ordered_keys(piece) == key).nonzero()[:, 0]
         hashes.append(_hash(ties + first_index, seed).cpu())
-        first_index += score.numel()
+        first_index += piece.numel()
     return Cut(key, int(torch.cat(hashes).kthvalue(count).values), seed)
 
 
@@ -81,14 +87,19 @@ def _ordered_keys(score: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _within(keys: Tensor, bucket: int) -> Tensor:
-    return keys[(keys >> 16) + _HALF == bucket]
+def _upper_half(score: Tensor) -> Tensor:
+    return (_ordered_keys(score) >> 16) + _HALF
+
+
+def _lower_half_within(score: Tensor, bucket: int) -> Tensor:
+    keys = _ordered_keys(score)
+    return keys[(keys >> 16) + _HALF == bucket] & 0xFFFF
 
 
 def _histogram(buckets: Tensor) -> Tensor:
     counts = torch.zeros(1 << 16, dtype=torch.int64)
-    for chunk in torch.split(buckets, _CHUNK):
-        counts += torch.bincount(chunk, minlength=1 << 16).cpu()
+    for piece in torch.split(buckets.reshape(-1), _HISTOGRAM_ENTRIES):
+        counts += torch.bincount(piece, minlength=1 << 16).cpu()
     return counts
 
 
@@ -102,8 +113,8 @@ def _descend(counts: Tensor | int, count: int) -> tuple[int, int]:
 
 
 def _without_nan(score: Tensor) -> Tensor:
-    nan_count = int(score.isnan().sum())
-    if nan_count:
+    if has_nan(score):
+        nan_count = int(score.isnan().sum())
         raise NotFinite(f"score: {nan_count} of {score.numel()} entries are NaN; check the weights and the Gram")
     return score
 

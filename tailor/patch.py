@@ -6,6 +6,7 @@ inverse, so one patch serves both ways, and unlike a difference of floats it los
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tailor.bits import bit_patterns, sha256
+from tailor.bits import bit_patterns, integer_of, sha256
 from tailor.errors import PatchError
 from tailor.storage import TensorFile, save_tensors
 
@@ -93,7 +94,11 @@ class Patch:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Patch:
-        """Read what `save` wrote. Raises CheckpointError if the file cannot be read, PatchError if it is no patch."""
+        """Read what `save` wrote.
+
+        Raises CheckpointError if the file cannot be read, and PatchError if it is no patch or its changes are none that
+        tensors of these shapes and dtypes have room for.
+        """
         file = TensorFile(path)
         stored = file.header()
         if stored.get("format") != _FORMAT or "tensors" not in stored:
@@ -105,24 +110,44 @@ class Patch:
                 )
                 for name, entry in stored["tensors"].items()
             }
-        except (KeyError, TypeError) as error:
+            patch = cls(tensors, stored["header"])
+        except (KeyError, TypeError, AttributeError) as error:
             raise PatchError(f"{file.path}: incomplete ({error!r}); make the patch again") from error
-        return cls(tensors, stored["header"])
+        for name, tensor in tensors.items():
+            if not _fits(tensor):
+                raise PatchError(
+                    f"{file.path}: the changes of {name} do not fit its shape or dtype; the file is damaged, copy it "
+                    "again"
+                )
+        return patch
 
     def apply_to(self, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, fused tensor) for each patched tensor, on the base's device; `base` itself stays as it is.
 
         Raises PatchError, before anything is yielded, unless `base` holds each patched tensor with the recorded bits
-        at the patched places. Bits elsewhere are free, so patches of disjoint places can be stacked; `unlike` tells
-        which tensors are not the recorded base as a whole.
+        at the patched places, and later if a tensor does not become what was recorded. Bits elsewhere are free, so
+        patches of disjoint places can be stacked; `unlike` tells which tensors are not the recorded base as a whole.
         """
-        self._check(base, is_fused=False)
-        return self._flip(base)
+        applied = self.applied(base)
+        return ((name, applied[name]) for name in self.tensors)
 
     def remove_from(self, fused: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, base tensor) for each patched tensor: the inverse of `apply_to`, with the same conditions."""
+        removed = self.removed(fused)
+        return ((name, removed[name]) for name in self.tensors)
+
+    def applied(self, base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A view of all of `base` in which tensors are patched as they are read. Raises PatchError like `apply_to`.
+
+        Another patch can be applied to the view, and so on: each sees what those before it made.
+        """
+        self._check(base, is_fused=False)
+        return _Flipped(base, self, to_fused=True)
+
+    def removed(self, fused: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The inverse of `applied`."""
         self._check(fused, is_fused=True)
-        return self._flip(fused)
+        return _Flipped(fused, self, to_fused=False)
 
     def unlike(self, base: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Names of patched tensors that are not, as a whole, bit for bit the base that the patch was made from."""
@@ -131,13 +156,6 @@ class Patch:
             for name, tensor in self.tensors.items()
             if name not in base or sha256(base[name]) != tensor.base_sha256 or _form(base[name]) != _recorded(tensor)
         )
-
-    def _flip(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.tensors.items():
-            before = weights[name].detach()
-            bits = bit_patterns(before).clone()
-            bits[tensor.indices().to(bits.device)] ^= tensor.xors.to(bits.device)
-            yield name, bits.view(before.dtype).view(before.shape)
 
     def _check(self, weights: Mapping[str, Tensor], *, is_fused: bool) -> None:
         for name, tensor in self.tensors.items():
@@ -154,6 +172,35 @@ class Patch:
                 wanted, other = other, wanted
             if found != wanted:
                 raise PatchError(f"{name}: {_explain(found == other, is_fused, self.header)}")
+
+
+class _Flipped(Mapping[str, Tensor]):
+    """Weights as they become when a patch is applied or removed, a tensor at a time."""
+
+    def __init__(self, weights: Mapping[str, Tensor], patch: Patch, *, to_fused: bool) -> None:
+        self._weights, self._patch, self._to_fused = weights, patch, to_fused
+
+    def __getitem__(self, name: str) -> Tensor:
+        before = self._weights[name].detach()
+        tensor = self._patch.tensors.get(name)
+        if tensor is None:
+            return before
+        bits, indices = bit_patterns(before).clone(), tensor.indices().to(before.device)
+        bits[indices] ^= tensor.xors.to(bits.device)
+        if sha256(bits[indices]) != (tensor.fused_places_sha256 if self._to_fused else tensor.places_sha256):
+            raise PatchError(
+                f"{name}: the patch does not lead to the entries that it recorded; it is damaged, copy it again"
+            )
+        return bits.view(before.dtype).view(before.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def encode_gaps(indices: Tensor) -> Tensor:
@@ -187,6 +234,18 @@ def _change(before: Tensor, after: Tensor) -> PatchedTensor | None:
         gaps=encode_gaps(indices),
         xors=xors[indices],
     )
+
+
+def _fits(tensor: PatchedTensor) -> bool:
+    """Whether gaps and xors are of the right kinds, equally many, and within the tensor."""
+    gaps, xors, dtype = tensor.gaps, tensor.xors, getattr(torch, str(tensor.dtype), None)
+    if not isinstance(dtype, torch.dtype) or gaps.dtype != torch.uint8 or xors.dtype != integer_of(dtype):
+        return False
+    if gaps.ndim != 1 or xors.ndim != 1 or (gaps.numel() and int(gaps[-1]) == _ESCAPE):
+        return False
+    count = int((gaps != _ESCAPE).count_nonzero())
+    end = int(gaps.sum(dtype=torch.int64)) + count  # each changed entry stands after its gap
+    return count == xors.numel() and end <= math.prod(tensor.shape)
 
 
 def _explain(is_other_side: bool, is_fused: bool, header: Mapping[str, Any]) -> str:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 
 def machine() -> str:
-    """One line: processor, cores and threads in use, graphics card if there is one, versions."""
+    """One line: processor, cores and threads in use, memory, graphics cards, versions."""
     cards = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return ", ".join(
-        [
-            _processor(),
-            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads",
-            *cards,
-            f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}",
-        ]
-    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "safetensors", "transformers"))
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB"
+    return ", ".join([_processor(), cores, *cards, f"Python {platform.python_version()}, {versions}"])
 
 
 def _processor() -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from tailor.chunks import in_chunks
 from tailor.method import Evidence, EvidenceKind, Fused, Rng, difference, require_between, require_nothing
 
 
@@ -33,9 +35,15 @@ class Dare:
         require_nothing(self, evidence)
         for name, base in pretrained.items():
             tuned = finetuned[name]
-            draw = torch.rand(base.shape, generator=rng.generator(name)).to(base.device)
-            mask = draw < self.sparsity
+            # Piece by piece the draws are the same as at once.
+            mask = in_chunks(partial(self._draw, rng.generator(name)), base, dtype=torch.bool)
             if self.sparsity in (0, 1):
                 yield Fused(name, tuned, mask)
             else:
-                yield Fused(name, base.to(tuned.dtype).float() + difference(base, tuned) / self.sparsity, mask)
+                yield Fused(name, in_chunks(self._rescale, base, tuned, dtype=base.dtype), mask)
+
+    def _draw(self, generator: torch.Generator, piece: Tensor) -> Tensor:
+        return (torch.rand(piece.shape, generator=generator) < self.sparsity).to(piece.device)
+
+    def _rescale(self, base: Tensor, tuned: Tensor) -> Tensor:
+        return base.to(tuned.dtype).float() + difference(base, tuned) / self.sparsity

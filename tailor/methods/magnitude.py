@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from tailor.chunks import in_chunks
 from tailor.masks import Cut, find_cut, top_fraction
 from tailor.method import (
     Evidence,
@@ -53,7 +55,7 @@ class Magnitude:
                 yield Fused(name, finetuned[name], mask)
         else:
             for name, base in pretrained.items():
-                score = salience(difference(base, finetuned[name]))
+                score = _salience(base, finetuned[name])
                 yield Fused(name, finetuned[name], top_fraction(score, self.sparsity, seed=rng.seed(name)))
 
 
@@ -64,7 +66,7 @@ def top_changes(
     names = sorted(pretrained)
 
     def scores() -> Iterator[Tensor]:
-        return (salience(difference(pretrained[name], finetuned[name])) for name in names)
+        return (_salience(pretrained[name], finetuned[name]) for name in names)
 
     count = round(fraction * sum(pretrained[name].numel() for name in names))
     cut: Cut = find_cut(scores, count, seed=seed)
@@ -72,3 +74,7 @@ def top_changes(
     for name, score in zip(names, scores(), strict=True):
         yield name, cut.mask(score, first_index)
         first_index += score.numel()
+
+
+def _salience(base: Tensor, tuned: Tensor) -> Tensor:
+    return in_chunks(lambda *pieces: salience(difference(*pieces)), base, tuned, dtype=torch.float32)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tailor.chunks import in_chunks
 from tailor.method import Evidence, EvidenceKind, Fused, Rng, difference, require_between, require_nothing
 
 
@@ -34,4 +35,7 @@ class WiseFT:
             elif self.alpha == 1:
                 yield Fused(name, tuned, None)
             else:
-                yield Fused(name, base.to(tuned.dtype).float() + self.alpha * difference(base, tuned), None)
+                yield Fused(name, in_chunks(self._interpolate, base, tuned, dtype=base.dtype), None)
+
+    def _interpolate(self, base: Tensor, tuned: Tensor) -> Tensor:
+        return base.to(tuned.dtype).float() + self.alpha * difference(base, tuned)

@@ -104,6 +104,25 @@ def test_round_trip(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_several_patches_stack_and_come_off_in_reverse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, fused = pair(torch.bfloat16)
+    last = {**fused, "head": fused["head"] + 1, "layer[0].weight": -fused["layer[0].weight"]}
+    folders = [write_folder(tmp_path / str(number), stage) for number, stage in enumerate((base, fused, last))]
+    patches = [tmp_path / "one", tmp_path / "two"]
+    for before, after, patch in zip(folders, folders[1:], patches, strict=False):
+        command.extract(before, after, patch)
+    call(monkeypatch, "apply", folders[0], *patches, tmp_path / "applied")
+    call(monkeypatch, "remove", tmp_path / "applied", *patches, tmp_path / "removed")
+    assert bits(read_folder(tmp_path / "applied")) == bits(last)
+    assert bits(read_folder(tmp_path / "removed")) == bits(base)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit, match=r"error: .*differ from the patch's base"):
+        call(monkeypatch, "apply", folders[0], *reversed(patches), tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_info(
     make_folders: Callable[..., Folders], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

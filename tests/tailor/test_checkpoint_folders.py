@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import tailor.checkpoint
+import tailor.storage
 from tailor.checkpoint import Checkpoint, CheckpointWriter
 from tailor.errors import CheckpointError
 
@@ -136,15 +136,15 @@ def test_nothing_remains_after_an_exception(tmp_path, write_checkpoint, tensors,
     assert [path.name for path in tmp_path.iterdir()] == ["like"]
 
 
-@pytest.mark.parametrize("failing", ["save_file", "copyfile", "rename"])
+@pytest.mark.parametrize("failing", ["open", "copyfile", "rename"])
 def test_disk_full_is_explained_and_leaves_nothing(tmp_path, write_checkpoint, tensors, monkeypatch, failing):
     like = write_checkpoint(tmp_path / "like", tensors)
 
     def fail(*_arguments, **_options):
         raise OSError(28, "No space left on device")
 
-    if failing == "save_file":
-        monkeypatch.setattr(tailor.checkpoint, "save_file", fail)
+    if failing == "open":
+        monkeypatch.setattr(tailor.storage, "open", fail, raising=False)
     elif failing == "copyfile":
         monkeypatch.setattr(shutil, "copyfile", fail)
     else:
@@ -153,7 +153,8 @@ def test_disk_full_is_explained_and_leaves_nothing(tmp_path, write_checkpoint, t
         pytest.raises(CheckpointError, match=r"out: cannot be written.*No space left.*check free space"),
         CheckpointWriter(tmp_path / "out", like) as writer,
     ):
-        writer.write("a", tensors["a"])
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
     assert [path.name for path in tmp_path.iterdir()] == ["like"]
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tailor.errors import CheckpointError, PatchError
 from tailor.patch import Patch, decode_gaps, encode_gaps
+from tailor.storage import TensorFile, save_tensors
 
 INTEGER_OF = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
@@ -137,6 +143,78 @@ def test_what_cannot_be_a_patch(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         Patch.load(path)
+
+
+Changes = Callable[[dict[str, torch.Tensor], dict], object]
+DAMAGE: dict[str, tuple[Changes, str]] = {
+    "a place beyond the end": (lambda t, h: t["gaps/w"].__setitem__(-1, 200), "do not fit its shape or dtype"),
+    "a change too few": (lambda t, h: t.update({"xors/w": t["xors/w"][1:].clone()}), "do not fit"),
+    "a gap too few": (lambda t, h: t.update({"gaps/w": t["gaps/w"][1:].clone()}), "do not fit"),
+    "a gap that does not end": (
+        lambda t, h: t.update({"gaps/w": torch.cat([t["gaps/w"], torch.tensor([255], dtype=torch.uint8)])}),
+        "do not fit",
+    ),
+    "gaps of another kind": (lambda t, h: t.update({"gaps/w": t["gaps/w"].int()}), "do not fit"),
+    "xors of another kind": (lambda t, h: t.update({"xors/w": t["xors/w"].short()}), "do not fit"),
+    "xors of two dimensions": (lambda t, h: t.update({"xors/w": t["xors/w"][None]}), "do not fit"),
+    "another shape": (lambda t, h: h["tensors"]["w"].update(shape=[2, 2]), "do not fit"),
+    "a dtype that is none": (lambda t, h: h["tensors"]["w"].update(dtype="nn"), "do not fit"),
+    "no shape": (lambda t, h: h["tensors"]["w"].pop("shape"), "incomplete"),
+    "no header": (lambda t, h: h.pop("header"), "incomplete"),
+    "no gaps": (lambda t, h: t.pop("gaps/w"), "incomplete"),
+    "tensors that are a list": (lambda t, h: h.update(tensors=["w"]), "incomplete"),
+    "another format": (lambda t, h: h.update(format=2), "not a patch of format 1"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_seen_at_loading(tmp_path, case):
+    base, fused = {"w": torch.zeros(30)}, {"w": torch.zeros(30)}
+    fused["w"][[2, 7, 29]] = 1.0
+    path = tmp_path / "patch"
+    Patch.between(base, fused).save(path)
+    tensors, header = load_file(path), TensorFile(path).header()
+    change, message = DAMAGE[case]
+    change(tensors, header)
+    save_tensors(path, tensors, header)
+    with pytest.raises(PatchError, match=message):
+        Patch.load(path)
+
+
+def test_other_bits_than_recorded_are_refused_when_they_are_made(tmp_path, pair):
+    base, fused = pair
+    patch = Patch.between(base, fused)
+    name = next(iter(patch.tensors))
+    wrong = dataclasses.replace(patch.tensors[name], xors=patch.tensors[name].xors ^ 1)
+    damaged = Patch({**patch.tensors, name: wrong}, {})
+    with pytest.raises(PatchError, match=f"{re.escape(name)}: the patch does not lead to the entries"):
+        dict(damaged.apply_to(base))
+    with pytest.raises(PatchError, match="does not lead to"):
+        dict(damaged.remove_from(fused))
+
+
+def test_views_stack_and_unstack(pair):
+    base, fused = pair
+    last = {name: torch.where(tensor == 0.5, tensor, -tensor) for name, tensor in fused.items()}
+    one, two = Patch.between(base, fused), Patch.between(fused, last)
+    there = two.applied(one.applied(base))
+    assert list(there) == list(base) and len(there) == len(base) and "untouched" in there
+    assert all(same_bits(there[name], last[name]) for name in base)
+    back = one.removed(two.removed(there))
+    assert all(same_bits(back[name], base[name]) for name in base)
+    with pytest.raises(PatchError, match="differ from the patch's base"):
+        two.applied(base)
+    with pytest.raises(PatchError, match="differ from the patch's base"):
+        one.removed(there)
+
+
+def test_a_tenth_of_a_bfloat16_model_takes_fifteen_percent_of_its_bytes(tmp_path):
+    base = {"w": random_bits(0, (1000, 1000), torch.bfloat16)}
+    chosen = torch.rand(1000, 1000, generator=torch.Generator().manual_seed(1)) < 0.1
+    fused = {"w": torch.where(chosen, random_bits(2, (1000, 1000), torch.bfloat16), base["w"])}
+    Patch.between(base, fused).save(tmp_path / "patch")
+    # 2 bytes of bits and 1 for the gap, of 2 bytes each: 0.1 * 3 / 2.
+    assert (tmp_path / "patch").stat().st_size / base["w"].nbytes == pytest.approx(0.15, abs=0.002)
 
 
 def test_an_empty_patch_is_a_patch(tmp_path):

@@ -59,18 +59,16 @@ def decorate_and_check(
     precision: Precision = "float32",
 ) -> Decorated:
     """As `decorate`, with the residual that `exact` left; None for the others, which solve nothing."""
-    residual = None
     if how == "none":
-        fused = delta
-    elif how == "sparsegpt":
+        return Decorated(torch.where(mask, delta, 0))
+    if how == "sparsegpt":
         fused = push_errors(delta, mask, inverse_factor(gram, name) if factor is None else factor)
-    elif how == "exact":
+        return Decorated(torch.where(mask, fused, 0))
+    if how == "exact":
         kept = torch.where(mask, delta, 0)
         compensation, residual = solve_terms([Term(delta, gram)], kept, mask, name, precision)
-        fused = delta + compensation
-    else:
-        raise InvalidSetting(f"decorator: {how!r} is unknown; choose one of {', '.join(DECORATORS)}")
-    return Decorated(torch.where(mask, fused, 0), residual)
+        return Decorated(kept.add_(compensation), residual)
+    raise InvalidSetting(f"decorator: {how!r} is unknown; choose one of {', '.join(DECORATORS)}")
 
 
 def push_errors(delta: Tensor, mask: Tensor, factor: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def solve(
     in float64 is that of the values before they are rounded to the dtype of `gram`.
 
     Rows of full support share one Cholesky factor; the others are sorted by support size and solved in batches of about
-    `workspace_bytes` bytes each (a larger system runs alone; by default 8 MiB on a CPU, where batches run in parallel
+    `workspace_bytes` bytes each (a larger system runs alone; by default 16 MiB on a CPU, where batches run in parallel
     and should fit its caches, else 1 GiB). Raises SingularGram naming the layer `name` if a Gram on a support is not
     positive definite to the precision of its dtype, or if even float64 leaves a residual above the limit.
     """
@@ -76,7 +76,7 @@ def solve(
         raise InvalidSetting(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}")
     place = f"{name}: the Gram" if name else "the Gram"
     if workspace_bytes is None:
-        workspace_bytes = 2**23 if gram.device.type == "cpu" else 2**30
+        workspace_bytes = 2**24 if gram.device.type == "cpu" else 2**30
     noise = rounding_noise(gram.diagonal())
     dtype = torch.float64 if precision == "float64" else gram.dtype
     first = _Equations(gram.to(dtype).contiguous(), rhs.to(dtype), mask, noise)
@@ -126,8 +126,11 @@ class _Equations(NamedTuple):
             places = systems.columns + systems.rows[:, None] * width
             return places[is_real], solution[is_real], systems.rows, residual
 
-        cuts = list(_cuts(numbers, workspace_bytes // self.gram.element_size()))
-        for places, solution, rows, residual in _in_parallel(run, cuts, self.gram.device):
+        workspace = workspace_bytes // self.gram.element_size()
+        cuts = list(_cuts(numbers, workspace))
+        # Below two batches' worth of work, threads wait for each other longer than they compute.
+        is_large = sum(size * size for size in numbers) > workspace
+        for places, solution, rows, residual in _in_parallel(run, cuts, self.gram.device if is_large else None):
             values.view(-1)[places] = solution
             residuals[rows] = residual
 
@@ -142,7 +145,7 @@ class _Equations(NamedTuple):
 
 
 def _cuts(sizes: list[int], workspace: int) -> Iterator[tuple[int, int]]:
-    """Cut descending sizes into (first, end); padding stays within a sixteenth (or 8 places) a row.
+    """Cut descending sizes into (first, end); padding stays within a sixteenth (or 16 places) a row.
 
     `workspace` is in entries; a system takes the square of its size for the factor, and half as much as gathered.
     """
@@ -150,7 +153,7 @@ def _cuts(sizes: list[int], workspace: int) -> Iterator[tuple[int, int]]:
     while first < len(sizes):
         size = sizes[first]
         limit = first + max(1, 2 * workspace // (3 * size * size))
-        least = size - max(8, size // 16)
+        least = size - max(16, size // 16)
         end = first + 1
         while end < min(limit, len(sizes)) and sizes[end] >= least:
             end += 1
@@ -158,14 +161,16 @@ def _cuts(sizes: list[int], workspace: int) -> Iterator[tuple[int, int]]:
         first = end
 
 
-def _in_parallel(run: Callable[[_Item], _Result], items: Iterable[_Item], device: torch.device) -> Iterable[_Result]:
-    """`run` over the items, on a CPU in as many threads as torch may use, each of them computing by itself.
+def _in_parallel(
+    run: Callable[[_Item], _Result], items: Iterable[_Item], device: torch.device | None
+) -> Iterable[_Result]:
+    """`run` over the items, if `device` is a CPU in as many threads as torch may use, each computing by itself.
 
     LAPACK and gathers do not share out small matrices among threads, and what does would wait for the slowest at every
     step. Each item is computed by one thread in any case, so the results do not depend on how many there are.
     """
     items = list(items)
-    if device.type != "cpu" or len(items) < 2:
+    if device is None or device.type != "cpu" or len(items) < 2:
         return [run(item) for item in items]
     with _THREADS_OF_TORCH:
         thread_count = torch.get_num_threads()

@@ -3,7 +3,7 @@
 # make test   lint, types, tests
 PYTHON ?= python3
 PY := .venv/bin/python
-BASELINES := zero_shot,finetune,wise_ft,dare,magnitude,grafting,tailor,tailor_exact
+BASELINES := zero_shot,finetune,wise_ft,dare,magnitude,grafting,tailor,tailor_exact,tailor_two_sided
 ONE := experiment=digits_llava_flickr
 ALL := seed=0,1,2 experiment=digits_llava_flickr,digits_llava_okvqa,digits_instructblip_flickr,digits_instructblip_gqa
 

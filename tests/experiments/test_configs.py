@@ -56,9 +56,10 @@ def test_an_experiment_says_how_to_run_it(path: Path) -> None:
     assert command.startswith("# python -m experiments.run -m experiment=" + path.stem)
     for line in path.read_text().splitlines():
         if line.startswith("# python -m experiments.run -m "):
-            swept = [override.partition("=") for override in line.split(" -m ")[2].split()]
-            for number in range(max(value.count(",") + 1 for _, _, value in swept)):
-                parts = parts_of(*(f"{name}={(value.split(',') * 8)[number]}" for name, _, value in swept))
+            swept = dict(override.split("=") for override in line.split(" -m ")[2].split())
+            values = {name: value.split(",") for name, value in swept.items()}
+            for number in range(max(map(len, values.values()))):
+                parts = parts_of(*(f"{name}={some[number % len(some)]}" for name, some in values.items()))
                 check_suite(parts.suite, *parts.tasks)
 
 

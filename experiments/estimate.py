@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from experiments.cost import Cost, Layer, cost, measure
 from experiments.errors import ConfigError
 from experiments.fuse_config import Fusing
 from experiments.models.adapter import device_of
+from experiments.models.families import read_config
 from experiments.samples import read_lines
 from tailor.align import Aligned, align
 from tailor.checkpoint import Checkpoint
@@ -168,7 +168,7 @@ def _widths(expected: list[Expected]) -> list[int]:
 def _tokens(parts: Fusing) -> int:
     """Of all calibration sequences, at four letters a token and as many slots for a picture as the config says."""
     calibration = parts.calibration
-    config = json.loads((parts.pretrained / "config.json").read_text())
+    config = read_config(parts.pretrained)
     picture = int(config.get("image_seq_length") or config.get("num_query_tokens") or 0)
     data = calibration.data if isinstance(calibration.data, str | None) else calibration.data[0]
     count, letters = calibration.samples, 4 * USUAL_TOKENS

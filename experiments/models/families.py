@@ -44,6 +44,6 @@ def adapter_of(folder: Path) -> Adapter:
         return CausalLM("text")
     kind = f"model_type {model_type!r} ({', '.join(architectures) or 'no architectures'})"
     raise ModelError(
-        f"{folder / CONFIG}: {kind} is none that can be calibrated: llava, instructblip, or a language model of a class "
-        "…ForCausalLM; methods that need no evidence fuse it all the same"
+        f"{folder / CONFIG}: {kind} is none that can be calibrated: llava, instructblip, or a language model of a "
+        "class …ForCausalLM; methods that need no evidence fuse it all the same"
     )

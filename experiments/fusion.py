@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,33 +165,25 @@ class Fusion:
         return self.builds.build("merged_lora", inputs, [merge_lora.__module__], make).folder / CHECKPOINT
 
     def _streamed(self) -> Stream:
-        each, parts = self.aligned[0], self.parts
-        with advancing("fuse") as advance:
-            yield from fused_tensors(
-                each.pretrained,
-                each.finetuned,
-                parts.method,
-                scope=self.scope,
-                evidence=self._target(),
-                seed=parts.seed,
-                device=self.devices[0],
-                progress=advance,
-            )
+        with advancing("fuse") as progress:
+            yield from fused_tensors(*self._pair, self.parts.method, progress=progress, **self._settings())
 
     def _as_patch(self) -> Fused:
-        each, parts = self.aligned[0], self.parts
-        with advancing("fuse") as advance:
-            patch, report = fuse_to_patch(
-                each.pretrained,
-                each.finetuned,
-                parts.method,
-                scope=self.scope,
-                evidence=self._target(),
-                seed=parts.seed,
-                device=self.devices[0],
-                progress=advance,
-            )
+        with advancing("fuse") as progress:
+            patch, report = fuse_to_patch(*self._pair, self.parts.method, progress=progress, **self._settings())
         return Fused(self._named(patch), [row for row in report.tensors if row.fate == "fused"])
+
+    @property
+    def _pair(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        return self.aligned[0].pretrained, self.aligned[0].finetuned
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "scope": self.scope,
+            "evidence": self._target(),
+            "seed": self.parts.seed,
+            "device": self.devices[0],
+        }
 
     def _target(self) -> Evidence:
         if self.needs == "nothing":

@@ -7,11 +7,11 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 
 def machine() -> str:
     """One line: processor, cores and threads in use, memory, graphics cards, versions."""
+    import torch  # here, since what measures other processes must be small itself
+
     cards = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "safetensors", "transformers"))

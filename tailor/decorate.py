@@ -7,6 +7,7 @@ All three answer one question, how to choose the fused delta F on the mask so th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -100,7 +101,13 @@ def layer_error(delta: Tensor, fused_delta: Tensor, gram: Tensor) -> float:
     0 if fused and full delta act alike, 1 if the fused delta is zero. Where the full delta has no effect at all, 0 if
     the fused one has none either, else infinity.
     """
-    lost, whole = output_energy(delta - fused_delta, gram), output_energy(delta, gram)
+    return layer_errors(delta, {"": fused_delta}, gram)[""]
+
+
+def layer_errors(delta: Tensor, fused_deltas: Mapping[str, Tensor], gram: Tensor) -> dict[str, float]:
+    """The `layer_error` of each of several fused deltas of one layer."""
+    whole = output_energy(delta, gram)
+    lost = {what: output_energy(delta - fused, gram) for what, fused in fused_deltas.items()}
     if whole == 0:
-        return 0.0 if lost == 0 else math.inf
-    return lost / whole
+        return {what: 0.0 if energy == 0 else math.inf for what, energy in lost.items()}
+    return {what: energy / whole for what, energy in lost.items()}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from tailor.decorate import DECORATORS, Decorated, Decorator, decorate_and_check, layer_error
+from tailor.decorate import DECORATORS, Decorated, Decorator, decorate_and_check, layer_errors
 from tailor.errors import SingularGram, TailorError, telling_tokens
 from tailor.gram import Grams, damp
 from tailor.linalg import MORE_EVIDENCE, inverse_factor
@@ -140,10 +140,7 @@ class Tailor:
         on = {"calibration": layer.gram}
         if grams.held_out is not None and name in grams.held_out:
             on["held_out"] = self.damped(grams.held_out, name, layer.delta)
-        return {
-            tokens: {what: layer_error(layer.delta, delta, gram) for what, delta in deltas.items()}
-            for tokens, gram in on.items()
-        }
+        return {tokens: layer_errors(layer.delta, deltas, gram) for tokens, gram in on.items()}
 
     def damped(self, grams: Grams, name: str, weight: Tensor) -> Tensor:
         """The layer's damped Gram. Raises SingularGram if without damping there are fewer tokens than inputs."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tailor.decorate import layer_error
+from tailor.decorate import layer_errors
 from tailor.errors import TailorError, telling_tokens
 from tailor.gram import damp
 from tailor.method import Evidence, EvidenceKind, Fused, GramEvidence, Rng, grams_of, require_between, require_one_of
@@ -96,7 +96,7 @@ class TwoSided:
             "token_count": token_count,
             "retain_token_count": grams.retain.token_count(name),
             "errors": one_sided.errors(name, layer, deltas, grams),
-            "drift": {what: layer_error(layer.delta, layer.delta - delta, retained) for what, delta in deltas.items()},
+            "drift": layer_errors(layer.delta, {what: layer.delta - delta for what, delta in deltas.items()}, retained),
             "residual": residual,
         }
         return Fused(name, fused, layer.mask, facts)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from experiments.artifacts import canonical
+from experiments.artifacts import HASHED_BYTES, canonical, write_atomically
 from experiments.errors import ModelError
 from experiments.models.adapter import Placement
 from experiments.models.families import adapter_of
@@ -24,17 +24,26 @@ def is_lora(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not list(folder.glob("model*.safetensors"))
 
 
-def fingerprint(folder: Path) -> str:
-    """A short hash of the folder's files: content of the small ones, size and time of change of the others."""
-    described: dict[str, Any] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
-            state = path.stat()
-            is_small = state.st_size <= 2**20
-            described[path.name] = (
-                hashlib.sha256(path.read_bytes()).hexdigest() if is_small else [state.st_size, state.st_mtime_ns]
-            )
+def fingerprint(folder: Path, home: Path) -> str:
+    """A short hash of the contents of the folder's files; those of large files are noted under ``home``."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    described = {path.name: _content(path, home) for path in files}
     return hashlib.sha256(canonical(described)).hexdigest()[:16]
+
+
+def _content(path: Path, home: Path) -> str:
+    """sha256 of a file, looked up where its inode has not changed since it was read; any write or copy changes that."""
+    state = path.stat()
+    identity = [str(path.resolve()), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+    known = home / "digests" / hashlib.sha256(canonical(identity)).hexdigest()[:16]
+    if state.st_size > HASHED_BYTES and known.is_file():
+        return known.read_text()
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if state.st_size > HASHED_BYTES:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(known, digest)
+    return digest
 
 
 def merge_lora(base: Path, adapters: Path, out: Path) -> None:
@@ -52,9 +61,9 @@ def merge_lora(base: Path, adapters: Path, out: Path) -> None:
         config = PeftConfig.from_pretrained(str(adapters))
         model = PeftModel(loaded.model, config)
         stored = load_peft_weights(str(adapters), device="cpu")
-    except (ValueError, TypeError, KeyError, OSError) as error:
+        _set_all(model, stored, adapters, base)
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
         raise ModelError(f"{adapters}: peft can't put these adapters on {base} ({error})") from error
-    _set_all(model, stored, adapters, base)
     merged = model.merge_and_unload()
     merged.save_pretrained(out)
     _copy_companions(base, out)

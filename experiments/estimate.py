@@ -17,15 +17,15 @@ from experiments.console import console, size
 from experiments.cost import Cost, Layer, cost, measure
 from experiments.errors import ConfigError
 from experiments.fuse_config import Fusing
-from experiments.models.adapter import device_of
-from experiments.models.families import read_config
+from experiments.fusion import check, require_room
+from experiments.models.adapter import device_of, read_config
 from experiments.samples import read_lines
 from tailor.align import Aligned, align
 from tailor.checkpoint import Checkpoint
 from tailor.methods.stitched import Stitched
 from tailor.scope import select
 
-SAMPLED_ENTRIES = 4096
+PIECES, PIECE = 64, 256  # of each tensor that are compared, and entries of a piece
 USUAL_TOKENS = 64  # of a prompt and its answer, where there is no file to look at
 TENSORS = "tensors.csv"
 
@@ -55,6 +55,8 @@ class Expected:
 
 def show(parts: Fusing, folder: Path) -> None:
     """Prints the dry run, and writes the whole list of tensors into ``folder``."""
+    check(parts)
+    require_room(parts)
     lora = [folder for folder in parts.finetuned if is_lora(folder)]
     if lora:
         raise ConfigError(
@@ -90,14 +92,14 @@ def _expected(parts: Fusing) -> Iterator[Expected]:
 
 
 def _differs(aligned: Aligned, name: str) -> bool:
-    """Whether the fine-tuned tensor differs at its start, in its middle or at its end; memory maps read no more."""
+    """Whether the fine-tuned tensor differs in any of some pieces; memory maps read no more."""
     base, tuned = aligned.pretrained[name].reshape(-1), aligned.finetuned[name].reshape(-1)
-    starts = {0, max(0, len(base) // 2), max(0, len(base) - SAMPLED_ENTRIES)}
+    starts = {number * max(0, len(base) - PIECE) // (PIECES - 1) for number in range(PIECES)}
     return any(not torch.equal(_piece(base, start).to(tuned.dtype), _piece(tuned, start)) for start in starts)
 
 
 def _piece(flat: Tensor, start: int) -> Tensor:
-    return flat[start : start + SAMPLED_ENTRIES]
+    return flat[start : start + PIECE]
 
 
 def _table(expected: list[Expected]) -> Table:
@@ -126,7 +128,7 @@ def _numbers(names: list[str]) -> list[str]:
 def _lines(parts: Fusing, expected: list[Expected]) -> Iterator[str]:
     counts = {fate: [each for each in expected if each.fate == fate] for fate in ("fused", "kept", "copied", "tied")}
     told = [f"{len(group)} {fate} ({sum(e.entries for e in group):,})" for fate, group in counts.items() if group]
-    yield f"Tensors (parameters): {', '.join(told)}. Fates go by the start, middle and end of each tensor."
+    yield f"Tensors (parameters): {', '.join(told)}. Fates go by some pieces of each tensor."
     needs = "grams" if isinstance(parts.method, Stitched) else parts.method.needs
     whole = sum(each.bytes for each in expected if each.fate != "tied")
     yield f"Disk: {size(whole)} for a checkpoint" + (

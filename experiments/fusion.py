@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from experiments.samples import drawn
 from experiments.shares import Fused, Model, Shares, Source, TaskSources
 from experiments.stages.fuse import advancing, write_report
 from experiments.stages.target import TargetLoss
-from tailor.align import Aligned, Only, align
+from tailor.align import Aligned, Only, align, require_precision
 from tailor.checkpoint import Checkpoint, CheckpointWriter
 from tailor.errors import CheckpointError
 from tailor.fuse import fuse_to_patch, fused_tensors
@@ -61,6 +62,10 @@ def check(parts: Fusing) -> None:
             f"finetuned: {len(parts.finetuned)} given, and this baseline "
             + ("stitches several; name them as [A,B]" if is_stitched else "takes one; choose a baseline that stitches")
         )
+    if parts.patch is not None and parts.out_dtype != "pretrained":
+        raise ConfigError("patch: is one of the pretrained weights as they are, so out_dtype must be pretrained")
+    if parts.patch is not None and parts.patch == parts.out:
+        raise ConfigError(f"patch={parts.patch}: is also out; give them different names")
     if parts.calibration.inputs == "sequential" and (is_stitched or not is_separable(parts.method)):
         raise ConfigError("calibration.inputs=sequential: this baseline can't take layers one by one")
 
@@ -94,24 +99,25 @@ class Fusion:
         parts = self.parts
         if not self.names:
             log.warning("fine-tuning changed nothing in scope: the result is the pretrained checkpoint")
+        fused: Fused | None = None
         if self.needs == "grams" or parts.patch is not None:
             fused = self._in_shares() if self.needs == "grams" else self._as_patch()
-            if parts.patch is not None:
-                fused.patch.save(parts.patch)
-            stream = self._patched(fused)
-        else:
-            stream = self._streamed()
-        rows = list(self.aligned[0].dropped_rows())
-        completed = self.aligned[0].completed(stream)
-        if parts.out is None:
-            rows += [row for _, _, row in completed]
-        else:
-            forms = self.aligned[0].forms()
-            with CheckpointWriter(parts.out, self.folders[0], parts.max_shard_bytes, forms=forms) as writer:
-                for name, tensor, row in completed:
-                    writer.write(name, tensor)
-                    rows.append(row)
-        return FusionReport.of(parts.method, parts.seed, rows)
+        rows = self._written(self._streamed() if fused is None else self._patched(fused))
+        if parts.patch is not None and fused is not None:
+            fused.patch.save(parts.patch)
+        return FusionReport.of(parts.method, parts.seed, [*self.aligned[0].dropped_rows(), *rows])
+
+    def _written(self, stream: Stream) -> list[TensorReport]:
+        """The stream's rows of the report; its tensors are written if there is an ``out``."""
+        completed, out = self.aligned[0].completed(stream), self.parts.out
+        if out is None:
+            return [row for _, _, row in completed]
+        rows, forms = [], self.aligned[0].forms()
+        with CheckpointWriter(out, self.folders[0], self.parts.max_shard_bytes, forms=forms) as writer:
+            for name, tensor, row in completed:
+                writer.write(name, tensor)
+                rows.append(row)
+        return rows
 
     @property
     def needs(self) -> EvidenceKind:
@@ -131,7 +137,7 @@ class Fusion:
             align(base, Checkpoint(folder), embeddings=parts.embeddings, out_dtype=parts.out_dtype)
             for folder in self.folders
         )
-        if aligned[0].grown and (parts.patch is not None or len(aligned) > 1):
+        if any(each.grown for each in aligned) and (parts.patch is not None or len(aligned) > 1):
             raise ConfigError("embeddings=keep_finetuned_rows: neither a patch nor stitching can hold the added rows")
         return aligned
 
@@ -140,7 +146,9 @@ class Fusion:
         """All tensors in scope that fine-tuning changed."""
         names: dict[str, None] = {}
         for each in self.aligned:
-            names |= dict.fromkeys(changed_tensors(each.pretrained, each.finetuned, self.scope))
+            changed = changed_tensors(each.pretrained, each.finetuned, self.scope)
+            require_precision(each.pretrained, each.finetuned, changed)
+            names |= dict.fromkeys(changed)
         return tuple(names)
 
     @cached_property
@@ -161,7 +169,7 @@ class Fusion:
         def make(out: Path) -> None:
             merge_lora(base, adapters, out / CHECKPOINT)
 
-        inputs = {"base": fingerprint(base), "adapters": fingerprint(adapters)}
+        inputs = {"base": self._fingerprint(base), "adapters": self._fingerprint(adapters), "peft": version("peft")}
         return self.builds.build("merged_lora", inputs, [merge_lora.__module__], make).folder / CHECKPOINT
 
     def _streamed(self) -> Stream:
@@ -190,8 +198,15 @@ class Fusion:
             return None
         calibration = self.parts.calibration
         placement = Placement(self.devices[0])
+        samples, held_out = self._samples(0)
+        kinds = {(sample.image is None, sample.answer is None) for sample in [*samples, *held_out]}
+        if len(kinds) > 1 or any(without_answer for _, without_answer in kinds):
+            raise ConfigError(
+                "calibration.data: a baseline that learns from the target loss needs an answer in every sample, and an "
+                "image in all or in none"
+            )
         loaded = self.adapter.load(self.parts.pretrained, torch.float32, placement)
-        return TargetLoss(self.adapter, loaded, *self._samples(0), calibration.batch_size)
+        return TargetLoss(self.adapter, loaded, samples, held_out, calibration.batch_size)
 
     def _in_shares(self) -> Fused:
         parts, calibration, method = self.parts, self.parts.calibration, self.parts.method
@@ -216,15 +231,16 @@ class Fusion:
             fuse=fuse,
             inputs={
                 "method": identity(method),
-                "pretrained": fingerprint(parts.pretrained),
-                "finetuned": list(map(fingerprint, self.folders)),
+                "pretrained": self._fingerprint(parts.pretrained),
+                "finetuned": [self._fingerprint(folder) for folder in self.folders],
                 "out_dtype": parts.out_dtype,
+                "scope": self.names if calibration.inputs == "sequential" else None,
                 "seed": parts.seed,
             },
             modules=[module_of(method), fuse_to_patch.__module__, Only.__module__],
         )
         is_sequential = calibration.inputs == "sequential"
-        fused = shares.sequential(self._for_model) if is_sequential else shares.from_finetuned()
+        fused = shares.sequential(self._for_model, self._outside) if is_sequential else shares.from_finetuned()
         return Fused(self._named(fused.patch), fused.rows)
 
     def _for_model(self, patch: Patch) -> Iterator[tuple[str, Tensor]]:
@@ -232,11 +248,20 @@ class Fusion:
         each = self.aligned[0]
         return ((name, each.complete(name, tensor)) for name, tensor in patch.apply_to(each.pretrained))
 
+    def _outside(self) -> Iterator[tuple[str, Tensor]]:
+        """What fine-tuning changed outside the scope, as the result has it: pretrained."""
+        each = self.aligned[0]
+        changed = changed_tensors(each.pretrained, each.finetuned)
+        return ((name, each.complete(name, each.pretrained[name])) for name in changed if name not in self.names)
+
+    def _fingerprint(self, folder: Path) -> str:
+        return fingerprint(folder, self.parts.home)
+
     def _model(self, folder: Path) -> Model:
         parts = self.parts
         placement = Placement(self.devices[0], parts.device_map, parts.home / "offload")
         dtype = parts.dtype if parts.dtype == "auto" else getattr(torch, parts.dtype)
-        return Model(self.adapter, folder, fingerprint(folder), dtype, placement)
+        return Model(self.adapter, folder, self._fingerprint(folder), dtype, placement)
 
     def _sources(self, number: int) -> TaskSources:
         model, size = self._model(self.folders[number]), self.parts.calibration.batch_size

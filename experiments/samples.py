@@ -76,7 +76,7 @@ def read_lines(path: Path) -> list[Line]:
     SampleError naming the first bad line.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SampleError(f"{path}: cannot be read ({error}); give a JSON Lines file in UTF-8") from error
     lines = [

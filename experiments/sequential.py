@@ -37,7 +37,9 @@ def fuse_sequentially(
         return fuse_to_patch(*some, method, evidence=evidence[0], seed=parts.seed, device=device)
 
     def model(folder: Path) -> Model:
-        return Model(parts.model.adapter, folder, fingerprint(folder), torch.float32, Placement(context.device))
+        return Model(
+            parts.model.adapter, folder, fingerprint(folder, Path(parts.home)), torch.float32, Placement(context.device)
+        )
 
     def source(name: str, of: Model, samples: Sequence[Sample]) -> Source:
         return Source(name, of, samples, parts.calibration.batch_size, context.builds)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -47,21 +47,21 @@ class Model:
     dtype: torch.dtype | str
     placement: Placement
     _loaded: Loaded | None = field(default=None, init=False)
-    _weights: list[tuple[str, Tensor]] = field(default_factory=list, init=False)
+    _pending: list[Callable[[], Iterable[tuple[str, Tensor]]]] = field(default_factory=list, init=False)
 
     @property
     def loaded(self) -> Loaded:
         if self._loaded is None:
             self._loaded = self.adapter.load(self.folder, self.dtype, self.placement)
-            self._loaded.set_weights(self._weights)
+            for weights in self._pending:
+                self._loaded.set_weights(weights())
         return self._loaded
 
-    def set_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """From now on: (checkpoint tensor name, weight)."""
-        if self._loaded is None:
-            self._weights += weights
-        else:
-            self._loaded.set_weights(weights)
+    def set_weights(self, weights: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
+        """From now on: (checkpoint tensor name, weight), asked for only when the model is there."""
+        self._pending.append(weights)
+        if self._loaded is not None:
+            self._loaded.set_weights(weights())
 
     def release(self) -> None:
         """Frees the memory of the model."""
@@ -162,7 +162,7 @@ class Shares:
             sources.append(self.retain)
         grams, keys = {}, []
         for source in sources:
-            following = (*groups[1:], ())
+            following = (*groups[1:], ())[: len(groups)]
             made = [source.grams(self.plan, group, after) for group, after in zip(groups, following, strict=True)]
             source.release()
             grams[source] = Grams.joined([_grams(artifact) for artifact in made])
@@ -187,21 +187,26 @@ class Shares:
         with ThreadPoolExecutor(len(self.devices)) as pool:
             return self._merged(list(pool.map(share, [part for part in [self._without_gram, *parts] if part])))
 
-    def sequential(self, set_weights: Callable[[Patch], Iterable[tuple[str, Tensor]]]) -> Fused:
+    def sequential(
+        self,
+        whole: Callable[[Patch], Iterable[tuple[str, Tensor]]],
+        reset: Callable[[], Iterable[tuple[str, Tensor]]] = tuple,
+    ) -> Fused:
         """Each layer reads what the layers below it, fused already, make of the samples; for a single task.
 
-        ``set_weights`` gives a patch's whole tensors for the model.
+        ``whole`` gives a patch's whole tensors for the model, ``reset`` those outside the scope as the result has them.
         """
         (task,) = self.tasks
+        task.calibration.model.set_weights(reset)
         groups = [(key,) for key in self.plan.widths]
         retained = [self.retain.grams(self.plan, group) for group in groups] if self.retain is not None else []
         if self.retain is not None:
             self.retain.release()
-        shares = [
-            self._share(self._without_gram, [GramEvidence(Grams({}, {}, {}), is_share=True)], [], self.devices[0])
-        ]
+        nothing = Grams({}, {}, {})
+        first = GramEvidence(nothing, retain=None if self.retain is None else nothing, is_share=True)
+        shares = [self._share(self._without_gram, [first], [], self.devices[0])]
         for number, group in enumerate(groups):
-            task.calibration.model.set_weights(set_weights(Patch.load(shares[-1].folder / PATCH)))
+            task.calibration.model.set_weights(partial(self._weights, whole, shares[-1]))
             made = {source: source.grams(self.plan, group, after=shares[-1].key) for source in task}
             if self.retain is not None:
                 made[self.retain] = retained[number]
@@ -211,6 +216,12 @@ class Shares:
         for source in task:
             source.release()
         return self._merged(shares)
+
+    @staticmethod
+    def _weights(
+        whole: Callable[[Patch], Iterable[tuple[str, Tensor]]], share: Artifact
+    ) -> Iterable[tuple[str, Tensor]]:
+        return whole(Patch.load(share.folder / PATCH))
 
     @property
     def _without_gram(self) -> list[str]:
@@ -236,6 +247,8 @@ class Shares:
 
     @staticmethod
     def _merged(shares: Sequence[Artifact]) -> Fused:
+        if not shares:
+            return Fused(Patch({}, {}), [])
         patches = [Patch.load(share.folder / PATCH) for share in shares]
         rows = [
             TensorReport(**{**row, "shape": tuple(row["shape"])})

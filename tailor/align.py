@@ -25,8 +25,8 @@ _SAMPLED_ENTRIES = 2**20
 class Aligned:
     """Two checkpoints as views with the same names and shapes, and what it takes to get back to the fine-tuned layout.
 
-    `copies` are tensors of the fine-tuned checkpoint alone, and of which other they are a tied duplicate; `dropped` the
-    same of the pretrained one. `grown` counts the rows that fine-tuning added to a tensor.
+    `copies` are tensors of the fine-tuned checkpoint, and of which other they are a tied duplicate; `dropped` the same
+    of the pretrained one alone. `grown` counts the rows that fine-tuning added to a tensor.
     """
 
     pretrained: Mapping[str, Tensor]
@@ -87,9 +87,10 @@ def align(
     """Views of both checkpoints that a method can fuse.
 
     A tensor that one checkpoint alone holds must equal, bit for bit, another that both hold: a tied embedding that was
-    saved twice. Where fine-tuning grew the vocabulary, `keep_finetuned_rows` fuses the rows of the pretrained one and
-    keeps the others as fine-tuned. With `out_dtype` "finetuned" the pretrained tensors are cast to the fine-tuned
-    dtypes, which then are the result's. Raises CheckpointMismatch for any other difference, naming every tensor.
+    saved twice. Where both saved it twice, it is one tensor too. Where fine-tuning grew the vocabulary,
+    `keep_finetuned_rows` fuses the rows of the pretrained one and keeps the others as fine-tuned. With `out_dtype`
+    "finetuned" the pretrained tensors are cast to the fine-tuned dtypes, which then are the result's. Raises
+    CheckpointMismatch for any other difference, naming every tensor.
     """
     for name, value, choices in (
         ("embeddings", embeddings, get_args(Embeddings)),
@@ -98,8 +99,9 @@ def align(
         if value not in choices:
             raise InvalidSetting(f"{name}: {value!r} is unknown; choose one of {', '.join(choices)}")
     dropped = _duplicates(pretrained, finetuned)
-    copies = _duplicates(finetuned, pretrained)
-    base: Mapping[str, Tensor] = _Without(pretrained, dropped)
+    tied = _tied_heads(pretrained, finetuned)
+    copies = _duplicates(finetuned, pretrained) | tied
+    base: Mapping[str, Tensor] = _Without(pretrained, {**dropped, **tied})
     whole: Mapping[str, Tensor] = _Without(finetuned, copies)
     grown = _grown(base, whole)
     if grown and embeddings == "refuse":
@@ -240,6 +242,21 @@ def _duplicates(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[
             )
             if (original := next(equals, None)) is not None:
                 found[name] = original
+    return found
+
+
+def _tied_heads(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, str]:
+    """Heads that equal, in both checkpoints alike, their embeddings: saved twice, they are one tensor all the same."""
+    found = {}
+    embeddings = [name for name in one if "embed" in name and name in other and len(shape_of(one, name)) == 2]
+    for name in one:
+        if "lm_head" in name and name in other and len(shape_of(one, name)) == 2:
+            for candidate in embeddings:
+                if all(
+                    shape_of(each, candidate) == shape_of(each, name) and torch.equal(each[candidate], each[name])
+                    for each in (one, other)
+                ):
+                    found[name] = candidate
     return found
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from tailor.storage import TensorFile, TensorFileWriter, TensorForm
 
 MAX_SHARD_BYTES = "5GB"
 _SINGLE = "model.safetensors"
+_CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 
@@ -138,8 +140,9 @@ class CheckpointWriter:
     `forms` say which tensors will be written (default: those of the folder `like`, as they are there). They come in any
     order, and each goes straight to its place in a shard of at most `max_shard_bytes` (a number, or "5GB"; a larger
     tensor has a shard for itself), so that none is held in memory. Files other than weights are copied byte for byte
-    from `like`. Everything goes to a hidden sibling of `out`, which is renamed at the end; what a killed process left
-    there, the next writer to the same `out` removes.
+    from `like`, but for the dtype that its `config.json` states, if another is written. Everything goes to a hidden
+    sibling of `out`, which is renamed at the end; what a killed process left there, the next writer to the same `out`
+    removes.
 
     Raises CheckpointError if `out` exists or cannot be written, if the disk has no room for it, or if what was written
     is not what was announced; InvalidSetting for `max_shard_bytes`.
@@ -226,12 +229,41 @@ class CheckpointWriter:
         for path in self._like.other_files():
             (self._partial / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self._like.folder / path, self._partial / path)
+        self._state_dtype()
         self._partial.rename(self._out)
+
+    def _state_dtype(self) -> None:
+        """Have a copied config name the dtype that was written, where it names another: loading would round to that."""
+        path = self._partial / _CONFIG
+        entries: Counter[torch.dtype] = Counter()
+        for form in self._forms.values():
+            if form.dtype.is_floating_point:
+                entries[form.dtype] += form.nbytes
+        if not path.is_file() or not entries:
+            return
+        text = path.read_text(encoding="utf-8")
+        try:
+            config = json.loads(text)
+        except ValueError:
+            return  # whoever reads it will say so
+        stated = _with_dtype(config, str(entries.most_common(1)[0][0]).removeprefix("torch."))
+        if stated != config:
+            path.write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
 
     def _failure(self, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"{self._out}: cannot be written ({error}); check free space and permissions. Nothing was left behind"
         )
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """The config of a model, those of its parts included, with this dtype wherever it states one."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else _with_dtype(value, dtype)
+        for key, value in config.items()
+    }
 
 
 def _share_out(forms: Mapping[str, TensorForm], max_shard_bytes: int) -> list[list[str]]:

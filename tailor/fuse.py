@@ -48,6 +48,9 @@ def fuse(
     Raises TailorError: see `tailor.errors` for what each kind means.
     """
     aligned = align(Checkpoint(pretrained), Checkpoint(finetuned), embeddings=embeddings, out_dtype=out_dtype)
+    selected = None if scope is None else select(aligned.pretrained, scope)
+    changed = changed_tensors(aligned.pretrained, aligned.finetuned, selected)
+    require_precision(aligned.pretrained, aligned.finetuned, changed)
     rows = aligned.dropped_rows()
     fused = fused_tensors(
         aligned.pretrained,
@@ -117,7 +120,6 @@ def fused_tensors(
     require_same_tensors(base, tuned)
     selected = None if scope is None else select(base, scope)
     changed = changed_tensors(base, tuned, selected)
-    require_precision(base, tuned, changed)
 
     fates: dict[str, Fate] = dict.fromkeys(base, "copied")
     fates.update(dict.fromkeys(selected or (), "kept"))

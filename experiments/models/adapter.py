@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +18,7 @@ from experiments.errors import ConfigError, ModelError
 from tailor.checkpoint import Checkpoint
 
 IGNORED = -100
+CONFIG = "config.json"
 Batch = dict[str, Tensor]
 
 
@@ -48,13 +51,42 @@ class Placement:
         from transformers.utils import logging  # takes seconds, so only when a model is loaded
 
         logging.disable_progress_bar()  # the stages show their own
-        if self.device_map is None:
-            return model_class.from_pretrained(folder, dtype=dtype).to(self.device).eval()
-        device_map = self.device_map if isinstance(self.device_map, str) else dict(self.device_map)
-        model = model_class.from_pretrained(
-            folder, dtype=dtype, device_map=device_map, offload_folder=self.offload_folder
-        )
-        return model.eval()
+        spread: dict[str, Any] = {}
+        if self.device_map is not None:
+            device_map = self.device_map if isinstance(self.device_map, str) else dict(self.device_map)
+            spread = {"device_map": device_map, "offload_folder": self.offload_folder}
+        with reading(folder):
+            model = model_class.from_pretrained(folder, dtype=dtype, **spread)
+        return (model if spread else model.to(self.device)).eval()
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turns what transformers raises for a folder that it can't read into a ModelError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        finding = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(f"{folder}: can't be read as a model ({finding}); complete or correct the folder") from error
+
+
+def require_model_type(folder: Path, wanted: str) -> None:
+    """Raises ModelError unless the folder's config is of that type: transformers would make up a model of its own."""
+    found = read_config(folder).get("model_type")
+    if found != wanted:
+        raise ModelError(f"{folder / CONFIG}: is of model_type {found!r}, not {wanted!r}; choose the model that fits")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint folder's `config.json`. Raises ModelError if it can't be read."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}); complete the checkpoint's folder") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: is no JSON object; complete the checkpoint's folder")
+    return config
 
 
 @dataclass(frozen=True)

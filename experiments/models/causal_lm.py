@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from experiments.errors import ModelError
-from experiments.models.adapter import Batch, Loaded, Placement, Sample, append_answers, tensor_names
+from experiments.models.adapter import Batch, Loaded, Placement, Sample, append_answers, reading, tensor_names
 from tailor.checkpoint import Checkpoint
 
 RENAMINGS = (("", ""),)
@@ -28,7 +28,8 @@ class CausalLM:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = placement.load(AutoModelForCausalLM, folder, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with reading(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
             tokenizer.pad_token = tokenizer.eos_token

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
-from typing import Any
 
 from experiments.errors import ModelError
-from experiments.models.adapter import Adapter
+from experiments.models.adapter import CONFIG, Adapter, read_config
 from experiments.models.causal_lm import CausalLM
 from experiments.models.instructblip import InstructBlip
 from experiments.models.llava import Llava
 
-CONFIG = "config.json"
+log = logging.getLogger(__name__)
+
 # What LLaVA-1.5 was tuned with: the opening of Vicuna's conversations, version 1.
 VICUNA_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -20,23 +20,16 @@ VICUNA_SYSTEM = (
 )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint folder's `config.json`. Raises ModelError if it can't be read."""
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read ({error}); complete the checkpoint's folder") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: is no JSON object; complete the checkpoint's folder")
-    return config
-
-
 def adapter_of(folder: Path) -> Adapter:
     """The adapter for the model in ``folder``. Raises ModelError if its config can't be read or names no known kind."""
     config = read_config(folder)
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
     if model_type == "llava":
+        text = config.get("text_config") or {}
+        if text.get("model_type", "llama") != "llama" or text.get("vocab_size", 32_000) > 33_000:
+            log.warning(
+                "%s: prompts get the conversation of LLaVA-1.5; if it is another, name a model of its own", folder
+            )
         return Llava("llava", VICUNA_SYSTEM)
     if model_type == "instructblip":
         return InstructBlip("instructblip")

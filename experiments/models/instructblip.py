@@ -14,7 +14,16 @@ from PIL.Image import Image
 from torch import Tensor
 
 from experiments.errors import ModelError
-from experiments.models.adapter import Batch, Loaded, Placement, Sample, append_answers, tensor_names
+from experiments.models.adapter import (
+    Batch,
+    Loaded,
+    Placement,
+    Sample,
+    append_answers,
+    reading,
+    require_model_type,
+    tensor_names,
+)
 from tailor.checkpoint import Checkpoint
 
 RENAMINGS = (("", ""),)
@@ -29,8 +38,10 @@ class InstructBlip:
     def load(self, folder: Path, dtype: torch.dtype | str, placement: Placement) -> Loaded:
         from transformers import AutoProcessor, InstructBlipForConditionalGeneration
 
+        require_model_type(folder, "instructblip")
         model = placement.load(InstructBlipForConditionalGeneration, folder, dtype)
-        processor = AutoProcessor.from_pretrained(folder)
+        with reading(folder):
+            processor = AutoProcessor.from_pretrained(folder)
         # Only now: set at construction it would turn the Q-Former's text to the left too, and batches change results.
         processor.tokenizer.padding_side = "left"
         # A checkpoint's generation settings may name another end of sentence than its tokenizer.

@@ -12,7 +12,17 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from experiments.models.adapter import Batch, Loaded, Placement, Sample, append_answers, tensor_names
+from experiments.errors import ModelError
+from experiments.models.adapter import (
+    Batch,
+    Loaded,
+    Placement,
+    Sample,
+    append_answers,
+    reading,
+    require_model_type,
+    tensor_names,
+)
 from tailor.checkpoint import Checkpoint
 
 RENAMINGS = (
@@ -34,8 +44,10 @@ class Llava:
     def load(self, folder: Path, dtype: torch.dtype | str, placement: Placement) -> Loaded:
         from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+        require_model_type(folder, "llava")
         model = placement.load(LlavaForConditionalGeneration, folder, dtype)
-        processor = AutoProcessor.from_pretrained(folder)
+        with reading(folder):
+            processor = AutoProcessor.from_pretrained(folder)
         processor.tokenizer.padding_side = "left"
         return Loaded(model, processor, tensor_names(model, Checkpoint(folder), RENAMINGS))
 
@@ -62,5 +74,9 @@ class Llava:
         return batch["attention_mask"].bool()
 
     def _conversation(self, prompt: str, *, with_image: bool) -> str:
+        if "<image>" in prompt:
+            raise ModelError(
+                f"the prompt {prompt!r} holds <image>, which is added where the picture goes; leave it out"
+            )
         picture = "<image>\n" if with_image else ""
         return f"{self.system}USER: {picture}{prompt} ASSISTANT:"

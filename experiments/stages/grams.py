@@ -122,6 +122,11 @@ def make_plan(adapter: Adapter, loaded: Loaded, samples: Sequence[Sample], layer
 def linear_modules(loaded: Loaded, layers: Collection[str]) -> dict[str, nn.Linear]:
     """Those of ``layers`` that are weights of linear layers, with their modules."""
     paths = {tensor: path for path, tensor in loaded.tensor_names.items()}
+    if strange := sorted(name for name in layers if name not in paths):
+        raise ModelError(
+            f"{', '.join(strange[:4])}: {type(loaded.model).__name__} has no such parameter ({len(strange)} of "
+            f"{len(layers)} tensors); leave them out by a scope, or correct the checkpoint's config"
+        )
     owners = {name: loaded.model.get_submodule(paths[name].rpartition(".")[0]) for name in layers}
     return {
         name: module
@@ -167,8 +172,10 @@ class Passes:
             return Grams({}, {}, {})
         # What was fused up to here is final, so the outputs just before these layers are. If no weight changes, those
         # before the next group's layers are as well.
-        watch = _Watch(self, keys, self._block_before(keys if self.weights_change else upcoming))
         batches = self._batches()
+        if self._kept is not None and not self._replays_rightly(keys, batches[0]):
+            self._kept = None
+        watch = _Watch(self, keys, self._block_before(keys if self.weights_change else upcoming))
         with self._replayed() as begin_replay, watch.hooked():
             for number, samples in enumerate(tqdm(batches, desc=desc, leave=False, dynamic_ncols=True, disable=None)):
                 batch = self.adapter.training_batch(self.loaded.processor, samples)
@@ -205,6 +212,36 @@ class Passes:
             return None
         before = _Block(place.blocks, place.index - 1)
         return None if self._kept is not None and self._kept[0] == before else before
+
+    def _replays_rightly(self, keys: Group, samples: Sequence[Sample]) -> bool:
+        """Whether these layers read the same, to the bit, from what was kept as from the whole model.
+
+        They do not where something else than the next block reads a block's outputs, or what it leaves behind.
+        """
+        batch = self.adapter.training_batch(self.loaded.processor, samples)
+        expected = self._inputs_of(keys, batch)
+        try:
+            with self._replayed() as begin:
+                begin(0)
+                found = self._inputs_of(keys, batch)
+        except (KeyError, IndexError, RuntimeError, TypeError, AttributeError, ValueError):
+            return False
+        return expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+
+    def _inputs_of(self, keys: Group, batch: Batch) -> dict[str, Tensor]:
+        """What the layers read in a forward pass, up to the last of them."""
+        inputs: dict[str, Tensor] = {}
+
+        def observe(key: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            inputs[key] = arguments[0]
+            if key == keys[-1] and self.plan.is_called_once:
+                raise _Stop
+
+        modules = linear_modules(self.loaded, keys)
+        handles = [module.register_forward_pre_hook(partial(observe, key)) for key, module in modules.items()]
+        with _removed_after(handles), suppress(_Stop):
+            _run(self.loaded, batch)
+        return inputs
 
     @contextmanager
     def _replayed(self) -> Iterator[Callable[[int], None]]:
@@ -267,7 +304,10 @@ class _Watch:
             if name != key:
                 raise ModelError(f"{name}: reads the input of {key} in one sample, but not in another")
             self._inputs[key] = inputs  # kept until the batch is over, so that no later tensor can take its identity
-            self.accumulators[key].add(inputs, self._adapter.token_mask(self._paths[name], self._batch))
+            mask = self._adapter.token_mask(self._paths[name], self._batch)
+            if mask is not None and mask.ndim + 1 > inputs.ndim and mask.numel() == inputs[..., 0].numel():
+                mask = mask.reshape(inputs.shape[:-1])  # layers that get all sequences' tokens in one row
+            self.accumulators[key].add(inputs, mask)
         elif self._inputs[key] is not inputs:
             raise ModelError(f"{name}: shared its input with {key} in one sample, but not in another")
         self._stop_if_done()

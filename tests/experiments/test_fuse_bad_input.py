@@ -47,6 +47,7 @@ def test_from_the_command_line_it_is_one_message_and_exit_code_1(llama: Pair, tm
         ("dtype=int8", "dtype=int8 is none of auto, float32"),
         ("threads=0", "threads=0 is less than 1"),
         ("out=null", "neither out nor patch is set"),
+        ("finetuned=[a,b]", "2 given, and this baseline takes one"),
         ("finetuned=[]", "finetuned=.* is neither a text nor a list of texts"),
         ("+sparcity=1", "sparcity"),
         ("calibration.samples=0", "samples: 0 is not a whole number of at least 1"),
@@ -128,6 +129,19 @@ def test_a_kind_of_model_that_cannot_be_calibrated(own: Pair, fuse: Fuse, tmp_pa
     with pytest.raises(ModelError, match=r"model_type 't5' .* none that can be calibrated"):
         fuse(*settings)
     fuse(*settings, "baseline=dare")  # which needs no model class
+
+
+def test_a_model_of_another_family_than_named(llama: Pair, fuse: Fuse, tmp_path: Path) -> None:
+    settings = (*llama.arguments, f"calibration.data={llama.samples}", f"out={tmp_path / 'out'}")
+    with pytest.raises(ModelError, match="is of model_type 'llama', not 'llava'"):
+        fuse(*settings, "model=digits_llava")
+
+
+def test_a_folder_without_its_tokenizer(own: Pair, fuse: Fuse, tmp_path: Path) -> None:
+    for path in own.finetuned.glob("token*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="finetuned: can't be read as a model"):
+        fuse(*own.arguments, f"calibration.data={own.samples}", f"out={tmp_path / 'out'}")
 
 
 def test_samples_with_images_for_a_language_model(llama: Pair, fuse: Fuse, tmp_path: Path) -> None:

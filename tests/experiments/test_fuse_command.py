@@ -184,6 +184,7 @@ def test_half_precision_pairs_in_shards(base: torch.dtype, tuned: torch.dtype, f
     folders = (f"pretrained={pretrained}", f"finetuned={finetuned}", f"out={out}")
     totals = fuse(*folders, f"calibration.data={samples}", "max_shard_size=30KB").report["totals"]
     assert {tensor.dtype for tensor in Checkpoint(out).values()} == {base}
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == base  # as its config says, which was the fine-tuned one's
     assert 0.08 < totals["changed_fraction"] <= 0.1
     shards = list(out.glob("*.safetensors"))
     assert len(shards) > 1
@@ -238,3 +239,47 @@ def test_several_fine_tuned_models_are_stitched(how: str, llama: Pair, fuse: Fus
     assert found.tensors.keys() == expected.tensors.keys()
     for name, tensor in expected.tensors.items():
         assert torch.equal(found.tensors[name].xors, tensor.xors), name
+
+
+def test_another_fine_tuning_of_the_same_size_and_time_is_another(llama: Pair, fuse: Fuse, tmp_path: Path) -> None:
+    other = make_pair(tmp_path / "other", "llama", seed=1)
+    for folder in (llama.finetuned, other.finetuned):
+        os.utime(folder / "model.safetensors", (0, 0))
+    settings = (f"pretrained={llama.pretrained}", f"calibration.data={llama.samples}")
+    for name, finetuned in (("one", llama.finetuned), ("two", other.finetuned)):
+        fuse(*settings, f"finetuned={finetuned}", f"out={tmp_path / name}")
+    assert weights(tmp_path / "one") != weights(tmp_path / "two")
+
+
+def test_outside_a_scope_sequential_inputs_are_pretrained(llama: Pair, fuse: Fuse, tmp_path: Path) -> None:
+    settings = (*llama.arguments, f"calibration.data={llama.samples}", "dtype=float32")
+    key, out = "model.layers.1.self_attn.q_proj.weight", tmp_path / "out"
+    fuse(*settings, f"out={out}", "calibration.inputs=sequential", "scope=[model.layers.1.self_attn.*]")
+    adapter, base, tuned, fused = CausalLM("text"), *map(Checkpoint, (llama.pretrained, llama.finetuned, out))
+    loaded = adapter.load(llama.pretrained, torch.float32, Placement(torch.device("cpu")))
+    samples, _ = draw_lines(llama.samples, 10, 0, seed=0)
+    gram = damp(collect_grams(adapter, loaded, samples, [key], 8, "test")[key], 0.01)
+    expected = decorate(tuned[key] - base[key], fused[key] != base[key], gram, "exact")
+    assert torch.allclose(fused[key] - base[key], expected, atol=1e-5)
+
+
+def test_two_sided_tailoring_takes_layers_one_by_one_too(llama: Pair, fuse: Fuse, tmp_path: Path) -> None:
+    retained = write_samples(tmp_path / "retained", 4, with_image=False)
+    settings = (*llama.arguments, f"calibration.data={llama.samples}", f"calibration.retain={retained}")
+    report = fuse(
+        *settings, "baseline=tailor_two_sided", "calibration.inputs=sequential", f"out={tmp_path / 'out'}"
+    ).report
+    assert report["totals"]["changed_fraction"] == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_scope_without_linear_layers(llama: Pair, fuse: Fuse, tmp_path: Path) -> None:
+    settings = (*llama.arguments, f"calibration.data={llama.samples}", "scope=[model.norm.*,*layernorm*]")
+    totals = fuse(*settings, f"out={tmp_path / 'out'}").report["totals"]
+    assert totals["tensor_counts"]["fused"] == 7
+    assert totals["gram_tensor_count"] == 0
+
+
+def test_fine_tuning_that_changed_nothing(llama: Pair, fuse: Fuse, tmp_path: Path) -> None:
+    settings = (f"pretrained={llama.pretrained}", f"finetuned={llama.pretrained}", f"calibration.data={llama.samples}")
+    assert fuse(*settings, f"out={tmp_path / 'out'}").report["totals"]["changed_count"] == 0
+    assert weights(tmp_path / "out") == weights(llama.pretrained)

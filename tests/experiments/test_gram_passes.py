@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -118,8 +119,10 @@ def test_blocks_of_the_language_model_run_a_few_times_over_all_passes(tmp_path: 
         made.collect(group, "test", upcoming)
     batch_count = 3
     assert len(groups) == 3 * 4 + 1  # q/k/v, o, gate/up, down of three blocks, and the head
-    # A block runs in the passes of its own four inputs, and once more for the outputs that the next one starts from.
-    assert all(count <= 6 * batch_count for count in runs.values())
+    # A block runs in the passes of its own four inputs, and once more for the outputs that the next one starts from;
+    # and each pass runs one batch without replaying, to compare.
+    assert all(count <= 6 * batch_count + len(groups) for count in runs.values())
+    assert max(runs.values()) < len(groups) * batch_count
 
 
 def test_a_layer_that_no_sample_reaches_is_named(tmp_path: Path) -> None:
@@ -132,3 +135,22 @@ def test_a_layer_that_no_sample_reaches_is_named(tmp_path: Path) -> None:
         make_plan(adapter, loaded, text_alone, layers)
     mixed = make_plan(adapter, loaded, [*text_alone, *samples], layers)
     assert list(mixed.layers) == layers
+
+
+def test_a_block_whose_outputs_others_read_is_not_replayed(tmp_path: Path) -> None:
+    """A LLaVA that takes its picture from an early vision layer, with the vision tower calibrated as well."""
+    pair = make_pair(tmp_path / "pair", "llava")
+    for folder in (pair.pretrained, pair.finetuned):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -3}))
+    loaded, adapter = load(pair), adapter_of(pair.finetuned)
+    samples, _ = draw_lines(pair.samples, 5, 0, seed=0)
+    # The last vision layers are beyond what is read: no token of theirs reaches the language model.
+    layers = [name for name in Checkpoint(pair.finetuned) if "encoder.layers.3" not in name]
+    plan = make_plan(adapter, loaded, samples, layers)
+    whole = Passes(adapter, loaded, samples, 4, plan).collect(tuple(plan.widths), "test")
+    made, groups = Passes(adapter, loaded, samples, 4, plan), plan.groups(1)
+    for group, upcoming in zip(groups, [*groups[1:], ()], strict=True):
+        grams = made.collect(group, "test", upcoming)
+        for name in grams:
+            assert torch.equal(grams[name], whole[name]), name

@@ -9,6 +9,7 @@ from torch import Tensor
 from tailor.align import Only, align, require_precision
 from tailor.errors import CheckpointMismatch, InvalidSetting, PrecisionLoss
 from tailor.fuse import fused_tensors
+from tailor.methods.dare import Dare
 from tailor.methods.finetune import FineTune
 from tailor.report import TensorReport
 
@@ -103,3 +104,15 @@ def test_a_view_of_some_tensors_holds_no_others() -> None:
     assert (list(view), len(view), "norm" in view, "embed" in view) == (["norm"], 1, True, False)
     with pytest.raises(KeyError):
         view["embed"]
+
+
+def test_a_head_that_both_saved_beside_its_embeddings_is_one_tensor_with_them() -> None:
+    def tied(shift: float) -> dict[str, Tensor]:
+        return {"embed_tokens": EMBEDDING + shift, "lm_head": EMBEDDING + shift}
+
+    aligned = align(tied(0), tied(1))
+    stream = aligned.completed(fused_tensors(aligned.pretrained, aligned.finetuned, Dare(sparsity=0.5)))
+    fused = {name: tensor for name, tensor, _ in stream}
+    assert torch.equal(fused["lm_head"], fused["embed_tokens"])
+    assert not aligned.copies.keys() - {"lm_head"}
+    assert not align(tied(0), {**tied(1), "lm_head": EMBEDDING}).copies  # untied by fine-tuning

@@ -22,7 +22,6 @@ from experiments.models.adapter import device_of, read_config
 from experiments.samples import read_lines
 from tailor.align import Aligned, align
 from tailor.checkpoint import Checkpoint
-from tailor.methods.stitched import Stitched
 from tailor.scope import select
 
 PIECES, PIECE = 64, 256  # of each tensor that are compared, and entries of a piece
@@ -129,7 +128,7 @@ def _lines(parts: Fusing, expected: list[Expected]) -> Iterator[str]:
     counts = {fate: [each for each in expected if each.fate == fate] for fate in ("fused", "kept", "copied", "tied")}
     told = [f"{len(group)} {fate} ({sum(e.entries for e in group):,})" for fate, group in counts.items() if group]
     yield f"Tensors (parameters): {', '.join(told)}. Fates go by some pieces of each tensor."
-    needs = "grams" if isinstance(parts.method, Stitched) else parts.method.needs
+    needs = parts.method.needs
     whole = sum(each.bytes for each in expected if each.fate != "tied")
     yield f"Disk: {size(whole)} for a checkpoint" + (
         f", {size(_gram_bytes(expected))} for Grams, which later settings reuse" if needs == "grams" else ""

@@ -23,14 +23,14 @@ from experiments.models.adapter import Adapter, Placement, Sample, device_of
 from experiments.models.families import adapter_of
 from experiments.runs import Builds, Record
 from experiments.samples import drawn
-from experiments.shares import Fused, Model, Shares, Source, TaskSources
+from experiments.shares import Model, Outcome, Shares, Source, TaskSources
 from experiments.stages.fuse import advancing, write_report
 from experiments.stages.target import TargetLoss
 from tailor.align import Aligned, Only, align, require_precision
 from tailor.checkpoint import Checkpoint, CheckpointWriter
 from tailor.errors import CheckpointError
 from tailor.fuse import fuse_to_patch, fused_tensors
-from tailor.method import Evidence, EvidenceKind, GramEvidence, is_separable, sees_old_tasks
+from tailor.method import Evidence, GramEvidence, is_separable, sees_old_tasks
 from tailor.methods.stitched import Stitched
 from tailor.patch import Patch
 from tailor.report import Fate, FusionReport, TensorReport
@@ -99,9 +99,9 @@ class Fusion:
         parts = self.parts
         if not self.names:
             log.warning("fine-tuning changed nothing in scope: the result is the pretrained checkpoint")
-        fused: Fused | None = None
-        if self.needs == "grams" or parts.patch is not None:
-            fused = self._in_shares() if self.needs == "grams" else self._as_patch()
+        fused: Outcome | None = None
+        if self.parts.method.needs == "grams" or parts.patch is not None:
+            fused = self._in_shares() if self.parts.method.needs == "grams" else self._as_patch()
         rows = self._written(self._streamed() if fused is None else self._patched(fused))
         if parts.patch is not None and fused is not None:
             fused.patch.save(parts.patch)
@@ -118,11 +118,6 @@ class Fusion:
                 writer.write(name, tensor)
                 rows.append(row)
         return rows
-
-    @property
-    def needs(self) -> EvidenceKind:
-        method = self.parts.method
-        return "grams" if isinstance(method, Stitched) else method.needs
 
     @cached_property
     def folders(self) -> tuple[Path, ...]:
@@ -176,10 +171,10 @@ class Fusion:
         with advancing("fuse") as progress:
             yield from fused_tensors(*self._pair, self.parts.method, progress=progress, **self._settings())
 
-    def _as_patch(self) -> Fused:
+    def _as_patch(self) -> Outcome:
         with advancing("fuse") as progress:
             patch, report = fuse_to_patch(*self._pair, self.parts.method, progress=progress, **self._settings())
-        return Fused(self._named(patch), [row for row in report.tensors if row.fate == "fused"])
+        return Outcome(self._named(patch), [row for row in report.tensors if row.fate == "fused"])
 
     @property
     def _pair(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -194,7 +189,7 @@ class Fusion:
         }
 
     def _target(self) -> Evidence:
-        if self.needs == "nothing":
+        if self.parts.method.needs == "nothing":
             return None
         calibration = self.parts.calibration
         placement = Placement(self.devices[0])
@@ -208,7 +203,7 @@ class Fusion:
         loaded = self.adapter.load(self.parts.pretrained, torch.float32, placement)
         return TargetLoss(self.adapter, loaded, samples, held_out, calibration.batch_size)
 
-    def _in_shares(self) -> Fused:
+    def _in_shares(self) -> Outcome:
         parts, calibration, method = self.parts, self.parts.calibration, self.parts.method
         base, tuned = self.aligned[0].pretrained, [each.finetuned for each in self.aligned]
 
@@ -227,7 +222,7 @@ class Fusion:
             retain=self._retain(),
             devices=self.devices,
             memory_bytes=int(calibration.memory_gb * 1e9),
-            is_separable=isinstance(method, Stitched) or is_separable(method),
+            is_separable=is_separable(method),
             fuse=fuse,
             inputs={
                 "method": identity(method),
@@ -241,7 +236,7 @@ class Fusion:
         )
         is_sequential = calibration.inputs == "sequential"
         fused = shares.sequential(self._for_model, self._outside) if is_sequential else shares.from_finetuned()
-        return Fused(self._named(fused.patch), fused.rows)
+        return Outcome(self._named(fused.patch), fused.rows)
 
     def _for_model(self, patch: Patch) -> Iterator[tuple[str, Tensor]]:
         """The fused tensors of a patch, in the layout of the fine-tuned model."""
@@ -307,7 +302,7 @@ class Fusion:
             names["tasks"] = sorted(folder.resolve().name for folder in self.parts.finetuned)
         return Patch(patch.tensors, {**patch.header, **names})
 
-    def _patched(self, fused: Fused) -> Stream:
+    def _patched(self, fused: Outcome) -> Stream:
         """All tensors of the checkpoint, those of the patch with it, and their rows of the report."""
         base, scope = self.aligned[0].pretrained, frozenset(self.scope or ())
         rows = {row.name: row for row in fused.rows}

@@ -11,7 +11,7 @@ from experiments.checkpoints import fingerprint
 from experiments.context import Context
 from experiments.data import identity, module_of
 from experiments.models.adapter import Placement, Sample
-from experiments.shares import Fused, Model, Shares, Source, TaskSources
+from experiments.shares import Model, Outcome, Shares, Source, TaskSources
 from experiments.stages.fuse import PATCH, write_report
 from experiments.tasks import HELD_OUT, SAMPLES, TaskStages
 from tailor.align import Only
@@ -62,7 +62,7 @@ def fuse_sequentially(
         },
         modules=[module_of(method), fuse_to_patch.__module__],
     )
-    fused: Fused = shares.sequential(lambda patch: patch.apply_to(base))
+    fused: Outcome = shares.sequential(lambda patch: patch.apply_to(base))
     fused.patch.save(out / PATCH)
     known = {row.name for row in fused.rows}
     copied = [TensorReport(name, base.shape(name), "copied") for name in base if name not in known]

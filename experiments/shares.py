@@ -154,7 +154,7 @@ class Shares:
     def plan(self) -> Plan:
         return self.tasks[0].calibration.plan(self.names)
 
-    def from_finetuned(self) -> Fused:
+    def from_finetuned(self) -> Outcome:
         """Layers read what the fine-tuned models make of the samples: Grams first, then shares on all devices."""
         groups = self.plan.groups(self.memory_bytes)
         sources = [source for task in self.tasks for source in task]
@@ -191,7 +191,7 @@ class Shares:
         self,
         whole: Callable[[Patch], Iterable[tuple[str, Tensor]]],
         reset: Callable[[], Iterable[tuple[str, Tensor]]] = tuple,
-    ) -> Fused:
+    ) -> Outcome:
         """Each layer reads what the layers below it, fused already, make of the samples; for a single task.
 
         ``whole`` gives a patch's whole tensors for the model, ``reset`` those outside the scope as the result has them.
@@ -246,9 +246,9 @@ class Shares:
         return self.builds.build("shares", inputs, self.modules, make, label)
 
     @staticmethod
-    def _merged(shares: Sequence[Artifact]) -> Fused:
+    def _merged(shares: Sequence[Artifact]) -> Outcome:
         if not shares:
-            return Fused(Patch({}, {}), [])
+            return Outcome(Patch({}, {}), [])
         patches = [Patch.load(share.folder / PATCH) for share in shares]
         rows = [
             TensorReport(**{**row, "shape": tuple(row["shape"])})
@@ -256,10 +256,10 @@ class Shares:
             for row in json.loads((share.folder / ROWS).read_text())
         ]
         tensors = {name: tensor for patch in patches for name, tensor in patch.tensors.items()}
-        return Fused(Patch(tensors, patches[0].header), rows)
+        return Outcome(Patch(tensors, patches[0].header), rows)
 
 
-class Fused(NamedTuple):
+class Outcome(NamedTuple):
     """The patch of all shares, and the report's rows of the tensors that they fused."""
 
     patch: Patch

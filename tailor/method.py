@@ -103,12 +103,12 @@ def difference(base: Tensor, tuned: Tensor) -> Tensor:
     return tuned.float() - base.to(tuned.dtype).float()
 
 
-def sees_old_tasks(method: Method) -> bool:
+def sees_old_tasks(method: object) -> bool:
     """Whether the method learns from samples of old tasks, and not from the target task alone."""
     return bool(getattr(method, "sees_old_tasks", False))
 
 
-def is_separable(method: Method) -> bool:
+def is_separable(method: object) -> bool:
     """Whether fusing disjoint scopes one by one gives the tensors that fusing their union gives."""
     return bool(getattr(method, "is_separable", True))
 

@@ -189,7 +189,8 @@ def _draw_bars(axes: plt.Axes, rows: pd.DataFrame, columns: Mapping[str, str]) -
         axes.bar(places, rows[column], width, color=COLOURS[DECORATORS.index(label) + 1], label=label)
     axes.set_xticks(range(len(rows)), rows["layer"], rotation=20)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
+    axes.margins(y=0.3)  # room for the legend
+    axes.legend(frameon=False, ncols=len(columns), loc="upper left")
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from tailor.decorate import DECORATORS, Decorator
 from tailor.fuse import Weights
-from tailor.method import GramEvidence, require_between, require_one_of
+from tailor.method import EvidenceKind, GramEvidence, require_between, require_one_of
 from tailor.methods.tailor import Tailor
 from tailor.patch import Patch
 from tailor.report import FusionReport
@@ -35,6 +36,7 @@ class Stitched:
     decorator: Decorator = "sparsegpt"
     damping: float = 0.01
     precision: Precision = "float32"
+    needs: ClassVar[EvidenceKind] = "grams"
 
     def __post_init__(self) -> None:
         require_one_of(self, "how", STITCHINGS)

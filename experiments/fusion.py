@@ -62,6 +62,8 @@ def check(parts: Fusing) -> None:
             f"finetuned: {len(parts.finetuned)} given, and this baseline "
             + ("stitches several; name them as [A,B]" if is_stitched else "takes one; choose a baseline that stitches")
         )
+    if parts.method.needs == "nothing" and (parts.calibration.data is not None or parts.calibration.retain is not None):
+        log.warning("this baseline needs no samples: calibration is not looked at")
     if parts.patch is not None and parts.out_dtype != "pretrained":
         raise ConfigError("patch: is one of the pretrained weights as they are, so out_dtype must be pretrained")
     if parts.patch is not None and parts.patch == parts.out:

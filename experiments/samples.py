@@ -131,8 +131,11 @@ def _line(place: str, text: str, folder: Path) -> Line:
         entry = json.loads(text)
     except ValueError as error:
         raise SampleError(f"{place}: not JSON ({error}); write one object a line") from error
-    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-        raise SampleError(f"{place}: not an object of strings; its fields are {', '.join(FIELDS)}")
+    if not isinstance(entry, dict):
+        raise SampleError(f"{place}: not an object; its fields are {', '.join(FIELDS)}")
+    entry = {name: value for name, value in entry.items() if value is not None}
+    if not all(isinstance(value, str) for value in entry.values()):
+        raise SampleError(f"{place}: holds something else than texts; its fields are {', '.join(FIELDS)}")
     if unknown := sorted(entry.keys() - set(FIELDS)):
         raise SampleError(f"{place}: unknown {', '.join(unknown)}; the fields are {', '.join(FIELDS)}")
     if "text" in entry:

@@ -25,7 +25,7 @@ def test_a_line_is_a_turn_about_an_image_or_a_text(tmp_path: Path) -> None:
         tmp_path,
         {"image": "pictures/a.png", "prompt": "What?", "answer": "Grey \u2028 dust"},
         "",
-        {"prompt": "Say nothing."},
+        {"image": None, "prompt": "Say nothing."},
         {"text": "Once upon a time."},
     )
     turn, question, text = (line.sample() for line in read_lines(path))
@@ -40,8 +40,8 @@ def test_a_line_is_a_turn_about_an_image_or_a_text(tmp_path: Path) -> None:
     ("line", "finding"),
     [
         ("{'prompt': 'a'}", "not JSON"),
-        ('["prompt"]', "not an object of strings"),
-        ({"prompt": 3}, "not an object of strings"),
+        ('["prompt"]', "not an object; its fields are"),
+        ({"prompt": 3}, "holds something else than texts"),
         ({"prompt": "a", "caption": "b"}, "unknown caption; the fields are image, prompt, answer, text"),
         ({"answer": "a"}, "neither prompt nor text"),
         ({"text": "a", "image": "b.png"}, "text stands alone"),

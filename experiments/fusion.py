@@ -78,8 +78,7 @@ def require_room(parts: Fusing) -> None:
         if target is not None and (target.exists() or target.is_symlink()):
             raise CheckpointError(f"{target}: already exists; remove it or choose another name")
     if parts.out is not None:
-        base = Checkpoint(parts.pretrained)
-        needed = sum(torch.Size(base.shape(name)).numel() * base.dtype(name).itemsize for name in base)
+        needed = sum(form.nbytes for form in Checkpoint(parts.pretrained).forms().values())
         parent = next(path for path in parts.out.absolute().parents if path.exists())
         free = shutil.disk_usage(parent).free
         if free < needed:
@@ -102,8 +101,8 @@ class Fusion:
         if not self.names:
             log.warning("fine-tuning changed nothing in scope: the result is the pretrained checkpoint")
         fused: Outcome | None = None
-        if self.parts.method.needs == "grams" or parts.patch is not None:
-            fused = self._in_shares() if self.parts.method.needs == "grams" else self._as_patch()
+        if parts.method.needs == "grams" or parts.patch is not None:
+            fused = self._in_shares() if parts.method.needs == "grams" else self._as_patch()
         rows = self._written(self._streamed() if fused is None else self._patched(fused))
         if parts.patch is not None and fused is not None:
             fused.patch.save(parts.patch)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,7 +35,7 @@ class Context:
         def make(out: Path) -> None:
             base.build(out / CHECKPOINT)
 
-        return self.build("base", {"base": identity(base)}, [module_of(base)], make)
+        return self.builds.build("base", {"base": identity(base)}, [module_of(base)], make)
 
     @property
     def base_folder(self) -> Path:
@@ -48,14 +46,3 @@ class Context:
         if weights.patch is not None:
             loaded.set_weights(Patch.load(weights.patch).apply_to(Checkpoint(weights.folder)))
         return loaded
-
-    def build(
-        self,
-        stage: str,
-        inputs: Mapping[str, Any],
-        modules: Iterable[str],
-        make: Callable[[Path], None],
-        whose: str = "",
-    ) -> Artifact:
-        """The artifact, entered into the run's record as ``stage``, or as ``stage/whose`` to tell it from others."""
-        return self.builds.build(stage, inputs, modules, make, f"{stage}/{whose}" if whose else stage)

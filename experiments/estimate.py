@@ -16,8 +16,8 @@ from experiments.checkpoints import is_lora
 from experiments.console import console, size
 from experiments.cost import Cost, Layer, cost, measure
 from experiments.errors import ConfigError
+from experiments.fuse_checks import check, require_room
 from experiments.fuse_config import Fusing
-from experiments.fusion import check, require_room
 from experiments.models.adapter import device_of, read_config
 from experiments.samples import read_lines
 from tailor.align import Aligned, align

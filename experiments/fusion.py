@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,8 @@ from torch import Tensor
 from experiments.artifacts import Store
 from experiments.checkpoints import fingerprint, is_lora, merge_lora
 from experiments.data import identity, module_of
-from experiments.errors import ArtifactError, ConfigError
+from experiments.errors import ConfigError
+from experiments.fuse_checks import check, require_room
 from experiments.fuse_config import Fusing
 from experiments.models.adapter import Adapter, Placement, Sample, device_of
 from experiments.models.families import adapter_of
@@ -27,9 +27,8 @@ from experiments.shares import Model, Outcome, Shares, Source, TaskSources
 from experiments.stages.fuse import advancing, write_report
 from experiments.stages.target import TargetLoss
 from tailor.align import Aligned, Only, align, require_precision
-from tailor.checkpoint import Checkpoint, CheckpointWriter
-from tailor.errors import CheckpointError
-from tailor.fuse import fuse_to_patch, fused_tensors
+from tailor.checkpoint import Checkpoint
+from tailor.fuse import fuse_to_patch, fused_tensors, write_completed
 from tailor.method import Evidence, GramEvidence, is_separable, sees_old_tasks
 from tailor.methods.stitched import Stitched
 from tailor.patch import Patch
@@ -54,40 +53,6 @@ def run(parts: Fusing, folder: Path, record: Record) -> None:
     tell(report, parts)
 
 
-def check(parts: Fusing) -> None:
-    """Before any stage: raises ConfigError if the settings don't fit each other."""
-    is_stitched = isinstance(parts.method, Stitched)
-    if is_stitched != (len(parts.finetuned) > 1):
-        raise ConfigError(
-            f"finetuned: {len(parts.finetuned)} given, and this baseline "
-            + ("stitches several; name them as [A,B]" if is_stitched else "takes one; choose a baseline that stitches")
-        )
-    if parts.method.needs == "nothing" and (parts.calibration.data is not None or parts.calibration.retain is not None):
-        log.warning("this baseline needs no samples: calibration is not looked at")
-    if parts.patch is not None and parts.out_dtype != "pretrained":
-        raise ConfigError("patch: is one of the pretrained weights as they are, so out_dtype must be pretrained")
-    if parts.patch is not None and parts.patch == parts.out:
-        raise ConfigError(f"patch={parts.patch}: is also out; give them different names")
-    if parts.calibration.inputs == "sequential" and (is_stitched or not is_separable(parts.method)):
-        raise ConfigError("calibration.inputs=sequential: this baseline can't take layers one by one")
-
-
-def require_room(parts: Fusing) -> None:
-    """Before anything is computed: raises CheckpointError if an output exists, ArtifactError if it can't fit."""
-    for target in (parts.out, parts.patch):
-        if target is not None and (target.exists() or target.is_symlink()):
-            raise CheckpointError(f"{target}: already exists; remove it or choose another name")
-    if parts.out is not None:
-        needed = sum(form.nbytes for form in Checkpoint(parts.pretrained).forms().values())
-        parent = next(path for path in parts.out.absolute().parents if path.exists())
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            raise ArtifactError(
-                f"{parts.out}: needs {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB free; free some space "
-                "or write elsewhere"
-            )
-
-
 @dataclass(frozen=True)
 class Fusion:
     """The parts of one fusion, each made when it is first asked for."""
@@ -106,19 +71,14 @@ class Fusion:
         rows = self._written(self._streamed() if fused is None else self._patched(fused))
         if parts.patch is not None and fused is not None:
             fused.patch.save(parts.patch)
-        return FusionReport.of(parts.method, parts.seed, [*self.aligned[0].dropped_rows(), *rows])
+        return FusionReport.of(parts.method, parts.seed, rows)
 
     def _written(self, stream: Stream) -> list[TensorReport]:
         """The stream's rows of the report; its tensors are written if there is an ``out``."""
-        completed, out = self.aligned[0].completed(stream), self.parts.out
+        aligned, out = self.aligned[0], self.parts.out
         if out is None:
-            return [row for _, _, row in completed]
-        rows, forms = [], self.aligned[0].forms()
-        with CheckpointWriter(out, self.folders[0], self.parts.max_shard_bytes, forms=forms) as writer:
-            for name, tensor, row in completed:
-                writer.write(name, tensor)
-                rows.append(row)
-        return rows
+            return [*aligned.dropped_rows(), *(row for _, _, row in aligned.completed(stream))]
+        return write_completed(aligned, stream, out, self.folders[0], self.parts.max_shard_bytes)
 
     @cached_property
     def folders(self) -> tuple[Path, ...]:
@@ -184,6 +144,7 @@ class Fusion:
     def _settings(self) -> dict[str, Any]:
         return {
             "scope": self.scope,
+            "changed": self.names,
             "evidence": self._target(),
             "seed": self.parts.seed,
             "device": self.devices[0],
@@ -247,7 +208,7 @@ class Fusion:
     def _outside(self) -> Iterator[tuple[str, Tensor]]:
         """What fine-tuning changed outside the scope, as the result has it: pretrained."""
         each = self.aligned[0]
-        changed = changed_tensors(each.pretrained, each.finetuned)
+        changed = () if self.scope is None else changed_tensors(each.pretrained, each.finetuned)
         return ((name, each.complete(name, each.pretrained[name])) for name in changed if name not in self.names)
 
     def _fingerprint(self, folder: Path) -> str:

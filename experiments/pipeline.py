@@ -145,7 +145,7 @@ class Pipeline:
             grams.save(out / f"{SAMPLES}.safetensors")
 
         modules = [collect_grams.__module__, module_of(adapter), *(name for each in drawn for name in each.modules())]
-        return self.context.build("retain", inputs, modules, make)
+        return self.context.builds.build("retain", inputs, modules, make)
 
     def fused(self) -> tuple[Artifact, Weights]:
         if isinstance(self.parts.method, Stitched):
@@ -168,7 +168,7 @@ class Pipeline:
         modules = [module_of(method), fuse_into.__module__]
         if method.needs == "gradients":
             modules += [TargetLoss.__module__, *self.task.modules]
-        fusion = self.context.build("fused", inputs, modules, make)
+        fusion = self.context.builds.build("fused", inputs, modules, make)
         return fusion, fused_weights(method, base_folder, tuned_folder, fusion.folder)
 
     def _sequential(self, method: Method) -> tuple[Artifact, Weights]:
@@ -183,7 +183,7 @@ class Pipeline:
         if retained is not None:
             inputs["retain"] = [source.identity() for source in sources(parts.calibration, parts.suite)]
         modules = [module_of(method), fuse_sequentially.__module__, *task.modules]
-        fusion = self.context.build("fused", inputs, modules, make)
+        fusion = self.context.builds.build("fused", inputs, modules, make)
         return fusion, Weights(self.context.base_folder, fusion.folder / PATCH)
 
     def _retained(self) -> list[Sample]:
@@ -202,7 +202,7 @@ class Pipeline:
             stitch_into(out, base_folder, folders, method, evidence, seed, self.context.device)
 
         modules = [module_of(method), stitch_into.__module__]
-        fusion = self.context.build("fused", {**self._fusion, "tasks": learnt}, modules, make)
+        fusion = self.context.builds.build("fused", {**self._fusion, "tasks": learnt}, modules, make)
         return fusion, Weights(self.context.base_folder, fusion.folder / PATCH)
 
     @property
@@ -258,7 +258,7 @@ class Pipeline:
             write_predictions(out / "predictions.jsonl", answers)
 
         modules = [generate.__module__, *map(module_of, (adapter, data, data.benchmark, data.rows, Patch))]
-        return self.context.build(f"answers/{data.name}", inputs, modules, make)
+        return self.context.builds.build(f"answers/{data.name}", inputs, modules, make)
 
     def _score(self, data: BenchmarkData, predictions: Path) -> Score:
         style = self.parts.model.adapter.prompt_style

@@ -24,7 +24,8 @@ from experiments.data import identity, module_of
 from experiments.models.adapter import Adapter, Loaded, Placement, Sample
 from experiments.runs import Builds
 from experiments.stages.fuse import PATCH
-from experiments.stages.grams import Group, Passes, Plan, make_plan
+from experiments.stages.grams import Passes
+from experiments.stages.plan import Group, Plan, make_plan
 from tailor.gram import Grams
 from tailor.method import GramEvidence
 from tailor.patch import Patch

@@ -49,7 +49,7 @@ class TaskStages:
             pd.DataFrame({"step": range(1, len(losses) + 1), "loss": losses}).to_csv(out / "losses.csv", index=False)
 
         modules = [module_of(parts.training), *self.modules]
-        return self.context.build("finetuned", inputs, modules, make, self.whose)
+        return self.context.builds.build("finetuned", inputs, modules, make, self._label("finetuned"))
 
     @property
     def finetuned_folder(self) -> Path:
@@ -69,7 +69,7 @@ class TaskStages:
                 grams.save(out / f"{name}.safetensors")
 
         modules = [collect_grams.__module__, *self.modules]
-        return self.context.build("grams", inputs, modules, make, self.whose)
+        return self.context.builds.build("grams", inputs, modules, make, self._label("grams"))
 
     def evidence(self, retain: Grams | None = None) -> GramEvidence:
         """The task's Grams, and those of samples of old tasks if there are any."""
@@ -103,6 +103,9 @@ class TaskStages:
         """The code that does so."""
         task, adapter = self.task, self.context.parts.model.adapter
         return [module_of(part) for part in (task, task.test.benchmark, task.train, task.dev, adapter)]
+
+    def _label(self, stage: str) -> str:
+        return f"{stage}/{self.whose}" if self.whose else stage
 
     def samples(self, setting: str) -> list[Sample]:
         """The calibration's ``samples`` from the target's training rows, or its ``held_out`` from development rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -231,33 +231,29 @@ class _Cast(_View):
 
 def _duplicates(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, str]:
     """Matrices that `one` alone holds → the matrix of both that they equal. Those that equal none are left out."""
-    shared = [name for name in one if name in other]
-    found = {}
-    for name in one:
-        if name not in other and len(shape_of(one, name)) == 2:
-            equals = (
-                candidate
-                for candidate in shared
-                if shape_of(one, candidate) == shape_of(one, name) and torch.equal(one[candidate], one[name])
-            )
-            if (original := next(equals, None)) is not None:
-                found[name] = original
-    return found
+    alone = [name for name in one if name not in other]
+    return _twins(alone, [name for name in one if name in other], one)
 
 
 def _tied_heads(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, str]:
     """Heads that equal, in both checkpoints alike, their embeddings: saved twice, they are one tensor all the same."""
-    found = {}
-    embeddings = [name for name in one if "embed" in name and name in other and len(shape_of(one, name)) == 2]
-    for name in one:
-        if "lm_head" in name and name in other and len(shape_of(one, name)) == 2:
-            for candidate in embeddings:
-                if all(
-                    shape_of(each, candidate) == shape_of(each, name) and torch.equal(each[candidate], each[name])
-                    for each in (one, other)
-                ):
-                    found[name] = candidate
-    return found
+    shared = [name for name in one if name in other]
+    heads, embeddings = ([name for name in shared if part in name] for part in ("lm_head", "embed"))
+    return _twins(heads, embeddings, one, other)
+
+
+def _twins(names: Iterable[str], candidates: Sequence[str], *checkpoints: Mapping[str, Tensor]) -> dict[str, str]:
+    """Matrices among `names` → the first candidate that each of the checkpoints holds the same values of."""
+
+    def are_twins(name: str, candidate: str) -> bool:
+        return all(
+            shape_of(each, candidate) == shape_of(each, name) and torch.equal(each[candidate], each[name])
+            for each in checkpoints
+        )
+
+    matrices = (name for name in names if len(shape_of(checkpoints[0], name)) == 2)
+    found = {name: next((twin for twin in candidates if are_twins(name, twin)), None) for name in matrices}
+    return {name: twin for name, twin in found.items() if twin is not None}
 
 
 def _grown(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> dict[str, int]:

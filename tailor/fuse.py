@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from tailor.align import Embeddings, OutDtype, align, require_precision
+from tailor.align import Aligned, Embeddings, OutDtype, align, require_precision
 from tailor.bits import bit_patterns
 from tailor.checkpoint import MAX_SHARD_BYTES, Checkpoint, CheckpointWriter
 from tailor.chunks import chunks, is_finite
@@ -51,23 +51,35 @@ def fuse(
     selected = None if scope is None else select(aligned.pretrained, scope)
     changed = changed_tensors(aligned.pretrained, aligned.finetuned, selected)
     require_precision(aligned.pretrained, aligned.finetuned, changed)
-    rows = aligned.dropped_rows()
     fused = fused_tensors(
         aligned.pretrained,
         aligned.finetuned,
         method,
         scope=scope,
+        changed=changed,
         evidence=evidence,
         seed=seed,
         device=device,
         progress=progress,
     )
-    with CheckpointWriter(out, finetuned, max_shard_bytes, forms=aligned.forms()) as writer:
+    return FusionReport.of(method, seed, write_completed(aligned, fused, out, finetuned, max_shard_bytes))
+
+
+def write_completed(
+    aligned: Aligned,
+    fused: Iterable[tuple[str, Tensor, TensorReport]],
+    out: str | os.PathLike[str],
+    like: str | os.PathLike[str],
+    max_shard_bytes: int | str = MAX_SHARD_BYTES,
+) -> list[TensorReport]:
+    """Write a stream of `fused_tensors` as a checkpoint in the fine-tuned layout; returns a row for every tensor."""
+    rows = aligned.dropped_rows()
+    with CheckpointWriter(out, like, max_shard_bytes, forms=aligned.forms()) as writer:
         for name, tensor, row in aligned.completed(fused):
             writer.write(name, tensor)
             rows.append(row)
             del tensor  # before the next one is made
-    return FusionReport.of(method, seed, rows)
+    return rows
 
 
 def fuse_to_patch(
@@ -76,6 +88,7 @@ def fuse_to_patch(
     method: Method,
     *,
     scope: Iterable[str] | None = None,
+    changed: Sequence[str] | None = None,
     evidence: Evidence = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -86,7 +99,15 @@ def fuse_to_patch(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor, row in fused_tensors(
-            base, finetuned, method, scope=scope, evidence=evidence, seed=seed, device=device, progress=progress
+            base,
+            finetuned,
+            method,
+            scope=scope,
+            changed=changed,
+            evidence=evidence,
+            seed=seed,
+            device=device,
+            progress=progress,
         ):
             rows.append(row)
             if row.fate == "fused":
@@ -109,17 +130,22 @@ def fused_tensors(
     method: Method,
     *,
     scope: Iterable[str] | None = None,
+    changed: Sequence[str] | None = None,
     evidence: Evidence = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[str, Tensor, TensorReport]]:
-    """Yield (name, tensor, report) for every tensor of the checkpoint, on the CPU: the stream that `fuse` writes."""
+    """Yield (name, tensor, report) for every tensor of the checkpoint, on the CPU: the stream that `fuse` writes.
+
+    `changed` are the tensors in scope that differ, if they are known already: to find them takes reading all others.
+    """
     _require_evidence(method, evidence)
     base, tuned = _open(pretrained), _open(finetuned)
     require_same_tensors(base, tuned)
     selected = None if scope is None else select(base, scope)
-    changed = changed_tensors(base, tuned, selected)
+    if changed is None:
+        changed = changed_tensors(base, tuned, selected)
 
     fates: dict[str, Fate] = dict.fromkeys(base, "copied")
     fates.update(dict.fromkeys(selected or (), "kept"))
@@ -151,7 +177,7 @@ class _InScope(Mapping[str, Tensor]):
     """What a method sees of a checkpoint: the tensors in scope, on its device, checked for NaN and infinity."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], names: tuple[str, ...], whose: str, device: str | torch.device
+        self, weights: Mapping[str, Tensor], names: Sequence[str], whose: str, device: str | torch.device
     ) -> None:
         self._weights, self._names, self._whose, self._device = weights, dict.fromkeys(names), whose, device
         self._checked: set[str] = set()

@@ -1,13 +1,13 @@
-"""Grams of a model's linear layers: which layers read one input, in what order, and passes of samples to sum them.
+"""Grams of a model's linear layers: passes of samples to sum them.
 
-A plan comes first. With it, layers are calibrated in groups whose Grams fit into memory, or, if weights change on the
-way, one distinct input after the other. A later pass starts from a block's outputs that an earlier one kept, so that
-the blocks of a language model run about once over all passes together.
+By a plan (`experiments.stages.plan`), layers are calibrated in groups whose Grams fit into memory, or, if weights
+change on the way, one distinct input after the other. A later pass starts from a block's outputs that an earlier one
+kept, so that the blocks of a language model run about once over all passes together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,56 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from experiments.errors import ModelError
 from experiments.models.adapter import Adapter, Batch, Loaded, Sample
-from tailor.errors import EmptyCalibration
+from experiments.stages.plan import Group, Plan, linear_modules, make_plan, removed_after, run_batch
 from tailor.gram import GramAccumulator, Grams
-
-Group = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Distinct inputs in the order in which a forward pass meets them.
-
-    ``layers``: each input's key (the name of the first layer that reads it) → all layers that read it. ``widths``: key
-    → entries of a token. ``is_called_once``: whether a forward pass calls each layer a single time.
-    """
-
-    layers: Mapping[str, Group]
-    widths: Mapping[str, int]
-    is_called_once: bool
-
-    def groups(self, memory_bytes: int) -> list[Group]:
-        """Keys in order, cut so that each group's float32 Grams take ``memory_bytes`` at most, or are one alone."""
-        groups: list[list[str]] = [[]]
-        used = 0
-        for key, width in self.widths.items():
-            size = 4 * width * width
-            if groups[-1] and used + size > memory_bytes:
-                groups.append([])
-                used = 0
-            groups[-1].append(key)
-            used += size
-        return [tuple(group) for group in groups if group]
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain dict of JSON types; its lists keep the order."""
-        inputs = [{"key": key, "width": width, "layers": list(self.layers[key])} for key, width in self.widths.items()]
-        return {"inputs": inputs, "is_called_once": self.is_called_once}
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_json`."""
-        layers = {each["key"]: tuple(each["layers"]) for each in stored["inputs"]}
-        return cls(layers, {each["key"]: each["width"] for each in stored["inputs"]}, stored["is_called_once"])
-
-    def readers(self, keys: Group) -> dict[str, str]:
-        """Layer → key, for all layers that read one of these inputs."""
-        return {layer: key for key in keys for layer in self.layers[key]}
 
 
 def collect_grams(
@@ -77,62 +33,6 @@ def collect_grams(
     """
     plan = make_plan(adapter, loaded, samples, layers)
     return Passes(adapter, loaded, samples, batch_size, plan).collect(tuple(plan.widths), desc)
-
-
-def make_plan(adapter: Adapter, loaded: Loaded, samples: Sequence[Sample], layers: Collection[str]) -> Plan:
-    """Finds out by running single samples, those with an image first, until each linear layer among ``layers`` was met.
-
-    Raises EmptyCalibration naming the layers that no sample reaches.
-    """
-    modules = linear_modules(loaded, layers)
-    first_seen: dict[str, list[str]] = {}  # key → layers
-    widths: dict[str, int] = {}
-    calls: dict[str, int] = dict.fromkeys(modules, 0)
-    seen: dict[int, tuple[str, Tensor]] = {}  # inputs are kept, so that no later tensor can take their identity
-
-    def observe(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        inputs = arguments[0]
-        calls[name] += 1
-        if any(name in group for group in first_seen.values()):
-            return
-        key, _ = seen.setdefault(id(inputs), (name, inputs))
-        first_seen.setdefault(key, []).append(name)
-        widths.setdefault(key, inputs.shape[-1])
-
-    most_calls = 0
-    handles = [module.register_forward_pre_hook(partial(observe, name)) for name, module in modules.items()]
-    with _removed_after(handles), torch.no_grad():
-        for sample in sorted(samples, key=lambda sample: sample.image is None):
-            calls.update(dict.fromkeys(calls, 0))
-            seen.clear()
-            _run(loaded, adapter.training_batch(loaded.processor, [sample]))
-            most_calls = max([most_calls, *calls.values()])
-            missing = sorted(set(modules) - {name for group in first_seen.values() for name in group})
-            if not missing:
-                break
-        else:
-            if modules:
-                raise EmptyCalibration(
-                    f"{', '.join(missing[:4])}: no calibration token reached {'it' if len(missing) == 1 else 'them'} "
-                    f"({len(missing)} of {len(modules)} layers); check the scope or the calibration samples"
-                )
-    return Plan({key: tuple(group) for key, group in first_seen.items()}, widths, most_calls <= 1)
-
-
-def linear_modules(loaded: Loaded, layers: Collection[str]) -> dict[str, nn.Linear]:
-    """Those of ``layers`` that are weights of linear layers, with their modules."""
-    paths = {tensor: path for path, tensor in loaded.tensor_names.items()}
-    if strange := sorted(name for name in layers if name not in paths):
-        raise ModelError(
-            f"{', '.join(strange[:4])}: {type(loaded.model).__name__} has no such parameter ({len(strange)} of "
-            f"{len(layers)} tensors); leave them out by a scope, or correct the checkpoint's config"
-        )
-    owners = {name: loaded.model.get_submodule(paths[name].rpartition(".")[0]) for name in layers}
-    return {
-        name: module
-        for name, module in owners.items()
-        if isinstance(module, nn.Linear) and paths[name].endswith(".weight")
-    }
 
 
 class _Stop(Exception):  # noqa: N818 - it is no error
@@ -170,11 +70,11 @@ class Passes:
         """Undamped Grams of all layers that read the inputs ``keys``; ``upcoming`` are those of the next call."""
         if not keys:
             return Grams({}, {}, {})
-        # What was fused up to here is final, so the outputs just before these layers are. If no weight changes, those
-        # before the next group's layers are as well.
         batches = self._batches()
         if self._kept is not None and not self._replays_rightly(keys, batches[0]):
             self._kept = None
+        # What was fused up to here is final, so the outputs just before these layers are. If no weight changes, those
+        # before the next group's layers are as well.
         watch = _Watch(self, keys, self._block_before(keys if self.weights_change else upcoming))
         with self._replayed() as begin_replay, watch.hooked():
             for number, samples in enumerate(tqdm(batches, desc=desc, leave=False, dynamic_ncols=True, disable=None)):
@@ -182,7 +82,7 @@ class Passes:
                 begin_replay(number)
                 watch.begin(batch)
                 with suppress(_Stop):
-                    _run(self.loaded, batch)
+                    run_batch(self.loaded, batch)
         if len(watch.kept) == len(batches):
             self._kept = watch.kept_block, watch.kept
         return Grams.collect(watch.keys_of_layers, watch.accumulators)
@@ -239,8 +139,8 @@ class Passes:
 
         modules = linear_modules(self.loaded, keys)
         handles = [module.register_forward_pre_hook(partial(observe, key)) for key, module in modules.items()]
-        with _removed_after(handles), suppress(_Stop):
-            _run(self.loaded, batch)
+        with removed_after(handles), suppress(_Stop):
+            run_batch(self.loaded, batch)
         return inputs
 
     @contextmanager
@@ -295,7 +195,7 @@ class _Watch:
         handles = [module.register_forward_pre_hook(partial(self._add, name)) for name, module in self._modules.items()]
         if self.kept_block is not None:
             handles.append(self.kept_block.module.register_forward_hook(self._keep))
-        with _removed_after(handles):
+        with removed_after(handles):
             yield
 
     def _add(self, name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -324,20 +224,6 @@ class _Watch:
     def _stop_if_done(self) -> None:
         if self._last in self._inputs and not self._waits:
             raise _Stop
-
-
-def _run(loaded: Loaded, batch: Batch) -> None:
-    inputs = {name: tensor.to(loaded.device) for name, tensor in batch.items() if name != "labels"}
-    loaded.model(**inputs, use_cache=False)
-
-
-@contextmanager
-def _removed_after(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from experiments import fusion
+from experiments import fuse_checks
 from experiments.errors import ArtifactError, ConfigError, ModelError
 from tailor.checkpoint import Checkpoint
 from tailor.errors import CheckpointError, CheckpointMismatch, PrecisionLoss, ScopeError
@@ -85,7 +85,7 @@ def test_a_disk_without_room_is_told_before_work_begins(
     llama: Pair, fuse: Fuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(fusion.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(fuse_checks.shutil, "disk_usage", lambda path: free)
     with pytest.raises(ArtifactError, match=r"out: needs 0\.0 GB, and .* has 0\.0 GB free"):
         fuse(*llama.arguments, "baseline=dare", f"out={tmp_path / 'out'}")
 

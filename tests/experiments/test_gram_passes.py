@@ -12,7 +12,8 @@ import torch
 from experiments.models.adapter import Loaded, Placement
 from experiments.models.families import adapter_of
 from experiments.samples import draw_lines
-from experiments.stages.grams import Passes, collect_grams, make_plan
+from experiments.stages.grams import Passes, collect_grams
+from experiments.stages.plan import make_plan
 from tailor.checkpoint import Checkpoint
 from tailor.errors import EmptyCalibration
 from tests.experiments.pairs import FAMILIES, Pair, make_pair
